@@ -1,0 +1,1 @@
+"""From torch to files: one export, three lowerings, one bundle."""

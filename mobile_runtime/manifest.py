@@ -1,0 +1,198 @@
+"""The types of `manifest.json`, schema 1: the one contract between converters and runtimes.
+
+Every path is relative to the bundle's folder, uses `/`, and stays inside it. Every type refuses
+keys that it does not know, so that a misspelt key is an error and not a silent default.
+"""
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+Target = Literal["onnx", "coreml", "executorch"]
+ComponentName = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+DType = Literal["float32", "float16", "int32", "int64"]
+
+
+def _inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts or "\0" in path:
+        raise ValueError(f"the path {path!r} points outside the bundle")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+
+
+class Strict(BaseModel):
+    """A record that refuses unknown keys and does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TensorSpec(Strict):
+    """One named input or output of a component; shapes are static."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    layout: str = Field(description="one letter an axis, e.g. NCHW; 'N' alone for a vector")
+    range: tuple[float, float] | None = Field(None, description="usual value range, if bounded")
+    description: str
+
+
+class ComponentEntry(Strict):
+    """One model of the bundle: its file, its tensors, and what it costs."""
+
+    name: ComponentName
+    path: RelativePath = Field(description="a file, or a folder for .mlpackage")
+    format: Literal["onnx", "ort", "mlpackage", "pte"]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    scheme: str = Field(description="float32, float16, w8, w8a8_dynamic, ...: what the file holds")
+    parameters: int
+    macs: int = Field(description="multiply-adds of one call")
+    bytes: int = Field(description="the model's files, weights included")
+    details: dict[str, Any] = Field(
+        default_factory=dict,
+        description="what the target adds: opset, deployment target, delegate calls, ...",
+    )
+
+
+class LayerPlan(Strict):
+    """What quantization decided for one layer, by its module path, and why."""
+
+    layer: str = Field(description="e.g. unet.down_blocks.0.resnets.0.conv1")
+    weights: Literal["int8", "float16", "float32", "int4"]
+    activations: Literal["none", "int8_dynamic", "int8_static"] = "none"
+    activation_scale: float | None = None
+    activation_zero_point: int | None = None
+    reason: str
+
+
+class ScheduleRow(Strict):
+    """One step of a sampler, linear in its tensors (DESIGN: a schedule is data).
+
+    model_in = input_scale * x; x0 = u * x + v * model_out;
+    x_next = a * x + b * x0 + c * x0_previous + d * fresh_noise
+    """
+
+    timestep: float
+    input_scale: float
+    u: float
+    v: float
+    a: float
+    b: float
+    c: float
+    d: float
+
+
+class ScheduleTable(Strict):
+    """A compiled scheduler for one number of steps; x starts as init_noise_sigma * noise."""
+
+    scheduler: str = Field(description="the diffusers class it was compiled from")
+    prediction_type: str
+    steps: int
+    init_noise_sigma: float
+    rows: tuple[ScheduleRow, ...]
+
+
+class TokenizerFiles(Strict):
+    """A CLIP byte-pair tokenizer: its files and its special tokens."""
+
+    vocab: RelativePath = "tokenizer/vocab.json"
+    merges: RelativePath = "tokenizer/merges.txt"
+    max_length: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+
+class Generation(Strict):
+    """What the pipeline needs beside its models. Shapes: latents (1, C, h, w), picture H x W."""
+
+    latent_channels: int
+    latent_height: int
+    latent_width: int
+    height: int
+    width: int
+    scaling_factor: float = Field(description="the decoder gets latents / scaling_factor")
+    guidance_scale: float = Field(description="1 or less: no guidance, one UNet call a step")
+    default_steps: int
+    negative_prompt: str = ""
+
+
+class GoldenPrompt(Strict):
+    """One stored run of the whole pipeline; its tensors are in golden/pipeline.safetensors."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int
+    steps: int
+    guidance_scale: float
+
+
+class Golden(Strict):
+    """Stored inputs and outputs (see mobile_runtime/bundle.py for the tensors' names)."""
+
+    components: dict[ComponentName, RelativePath]
+    cases: dict[ComponentName, int]
+    conditioning_pairs: tuple[tuple[int, int], ...] = Field(
+        (), description="UNet cases equal but for the prompt: (with prompt, empty prompt)"
+    )
+    pipeline: RelativePath
+    prompts: tuple[GoldenPrompt, ...]
+
+
+class Gates(Strict):
+    """The figures a bundle has to reach. None: measured and told, not gated."""
+
+    component_snr_db: float | None = Field(description="each component, same-function reference")
+    layer_snr_db: float | None = Field(
+        None, description="each quantized layer on the same inputs, where activations are quantized"
+    )
+    picture_psnr_db: float | None = Field(description="whole pipeline, same-function reference")
+    source_component_snr_db: float | None = Field(
+        None, description="each component against the source pipeline before the stages"
+    )
+    source_picture_psnr_db: float | None = None
+
+
+class FileEntry(Strict):
+    """One file of the bundle, by its hash."""
+
+    path: RelativePath
+    bytes: int
+    sha256: str
+
+
+class Manifest(Strict):
+    """`manifest.json`: everything an app needs to run the bundle and everything to check it."""
+
+    schema_version: Literal[1] = 1
+    name: str = Field(description="the recipe's name")
+    target: Target
+    arithmetic: Literal["float32", "float16"] = Field(description="what the models compute in")
+    tool_versions: dict[str, str]
+    source: dict[str, Any]
+    recipe: dict[str, Any] = Field(description="the resolved recipe, as `recipes show` prints it")
+    stages: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = Field((), description="what the support table changed for the target")
+    components: tuple[ComponentEntry, ...]
+    tokenizer: TokenizerFiles
+    generation: Generation
+    schedules: tuple[ScheduleTable, ...]
+    quantization: tuple[LayerPlan, ...] = ()
+    golden: Golden
+    gates: Gates
+    files: tuple[FileEntry, ...]
+
+    def component(self, name: str) -> ComponentEntry | None:
+        """The entry of one component, or None."""
+        return next((entry for entry in self.components if entry.name == name), None)
+
+    def schedule(self, steps: int) -> ScheduleTable | None:
+        """The compiled table for a number of steps, or None."""
+        return next((table for table in self.schedules if table.steps == steps), None)

@@ -1,0 +1,1 @@
+"""How a pipeline gets small: recipes and their stages (torch in, torch out)."""
