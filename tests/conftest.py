@@ -58,6 +58,7 @@ def make_tiny_pipeline(seed: int = 0) -> Any:
         beta_start=0.00085,
         beta_end=0.012,
         clip_sample=False,
+        steps_offset=1,
         set_alpha_to_one=True,
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
