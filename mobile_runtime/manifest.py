@@ -39,7 +39,7 @@ class TensorSpec(Strict):
     shape: tuple[int, ...]
     dtype: DType
     layout: str = Field(description="one letter an axis, e.g. NCHW; 'N' alone for a vector")
-    range: tuple[float, float] | None = Field(None, description="usual value range, if bounded")
+    range: tuple[float, float] | None = Field(default=None, description="usual value range, if bounded")
     description: str
 
 
@@ -140,7 +140,7 @@ class Golden(Strict):
     components: dict[ComponentName, RelativePath]
     cases: dict[ComponentName, int]
     conditioning_pairs: tuple[tuple[int, int], ...] = Field(
-        (), description="UNet cases equal but for the prompt: (with prompt, empty prompt)"
+        default=(), description="UNet cases equal but for the prompt: (with prompt, empty prompt)"
     )
     pipeline: RelativePath
     prompts: tuple[GoldenPrompt, ...]
@@ -151,11 +151,11 @@ class Gates(Strict):
 
     component_snr_db: float | None = Field(description="each component, same-function reference")
     layer_snr_db: float | None = Field(
-        None, description="each quantized layer on the same inputs, where activations are quantized"
+        default=None, description="each quantized layer on the same inputs, where activations are quantized"
     )
     picture_psnr_db: float | None = Field(description="whole pipeline, same-function reference")
     source_component_snr_db: float | None = Field(
-        None, description="each component against the source pipeline before the stages"
+        default=None, description="each component against the source pipeline before the stages"
     )
     source_picture_psnr_db: float | None = None
 
@@ -179,7 +179,7 @@ class Manifest(Strict):
     source: dict[str, Any]
     recipe: dict[str, Any] = Field(description="the resolved recipe, as `recipes show` prints it")
     stages: tuple[dict[str, Any], ...] = ()
-    notes: tuple[str, ...] = Field((), description="what the support table changed for the target")
+    notes: tuple[str, ...] = Field(default=(), description="what the support table changed for the target")
     components: tuple[ComponentEntry, ...]
     tokenizer: TokenizerFiles
     generation: Generation
