@@ -39,7 +39,9 @@ class TensorSpec(Strict):
     shape: tuple[int, ...]
     dtype: DType
     layout: str = Field(description="one letter an axis, e.g. NCHW; 'N' alone for a vector")
-    range: tuple[float, float] | None = Field(default=None, description="usual value range, if bounded")
+    range: tuple[float, float] | None = Field(
+        default=None, description="usual value range, if bounded"
+    )
     description: str
 
 
@@ -151,7 +153,8 @@ class Gates(Strict):
 
     component_snr_db: float | None = Field(description="each component, same-function reference")
     layer_snr_db: float | None = Field(
-        default=None, description="each quantized layer on the same inputs, where activations are quantized"
+        default=None,
+        description="each quantized layer on the same inputs, where activations are quantized",
     )
     picture_psnr_db: float | None = Field(description="whole pipeline, same-function reference")
     source_component_snr_db: float | None = Field(
@@ -179,7 +182,9 @@ class Manifest(Strict):
     source: dict[str, Any]
     recipe: dict[str, Any] = Field(description="the resolved recipe, as `recipes show` prints it")
     stages: tuple[dict[str, Any], ...] = ()
-    notes: tuple[str, ...] = Field(default=(), description="what the support table changed for the target")
+    notes: tuple[str, ...] = Field(
+        default=(), description="what the support table changed for the target"
+    )
     components: tuple[ComponentEntry, ...]
     tokenizer: TokenizerFiles
     generation: Generation
