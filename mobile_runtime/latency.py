@@ -1,0 +1,130 @@
+"""How long one call takes here, and what "here" is. Shown in the report, never gated."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from mobile_runtime.manifest import Strict
+
+Arrays = dict[str, np.ndarray]
+
+WARM_UP = 1
+# A slow component is timed fewer times rather than for minutes.
+BUDGET_S = 10.0
+
+# The CPU features that decide how fast int8 and half precision run, as /proc/cpuinfo and sysctl
+# write them.
+_FLAGS = (
+    *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sme"),
+)
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_LIBRARIES = ("numpy", "onnxruntime", "executorch", "coremltools", "torch", "pocket-diffusion")
+
+
+class Latency(Strict):
+    """One component's times in milliseconds; p90 by linear interpolation between repeats."""
+
+    component: str
+    runtime: str
+    load_ms: float
+    warm_up: int
+    repeats: int
+    median_ms: float
+    p90_ms: float
+    min_ms: float
+
+
+def measure(
+    run: Callable[[Arrays], Arrays],
+    inputs: Arrays,
+    *,
+    component: str,
+    runtime: str,
+    load_ms: float,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Latency:
+    """Time a loaded component: warm-up calls are not counted, nor is its loading.
+
+    repeats: at least 1; stops earlier, after at least one, when 10 s are spent.
+    clock: seconds; a test gives its own.
+    """
+    for _ in range(WARM_UP):
+        run(inputs)
+    times_ms: list[float] = []
+    began = clock()
+    while len(times_ms) < repeats and (not times_ms or clock() - began < BUDGET_S):
+        start = clock()
+        run(inputs)
+        times_ms.append((clock() - start) * 1000)
+    return Latency(
+        component=component,
+        runtime=runtime,
+        load_ms=load_ms,
+        warm_up=WARM_UP,
+        repeats=len(times_ms),
+        median_ms=float(np.median(times_ms)),
+        p90_ms=float(np.percentile(times_ms, 90)),
+        min_ms=min(times_ms),
+    )
+
+
+class Environment(Strict):
+    """The machine and the libraries that a report's figures belong to."""
+
+    system: str
+    machine: str
+    cpu: str
+    cpu_flags: tuple[str, ...]
+    cores: int
+    threads: Mapping[str, str]
+    python: str
+    libraries: Mapping[str, str]
+
+
+def environment() -> Environment:
+    """Describe this machine. threads: the variables that were set; unset ones are the default."""
+    cpu, flags = _cpu()
+    return Environment(
+        system=platform.platform(),
+        machine=platform.machine(),
+        cpu=cpu,
+        cpu_flags=tuple(flag for flag in _FLAGS if flag in flags),
+        cores=_cores(),
+        threads={name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
+        python=platform.python_version(),
+        libraries={name: version for name in _LIBRARIES if (version := _version(name))},
+    )
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """The CPU's model and all its flags, from what Linux tells; elsewhere what Python knows."""
+    model, flags = platform.processor() or platform.machine(), set[str]()
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            model = value.strip()
+        elif key.strip() in ("flags", "Features"):
+            flags.update(value.split())
+    return model, flags
+
+
+def _cores() -> int:
+    """The cores that this process may use, where the system tells them apart."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
