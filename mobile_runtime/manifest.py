@@ -152,6 +152,11 @@ class Gates(Strict):
     """The figures a bundle has to reach. None: measured and told, not gated."""
 
     component_snr_db: float | None = Field(description="each component, same-function reference")
+    float16_snr_db: float | None = Field(
+        default=None,
+        description="each component in float16 arithmetic, same-function reference; "
+        "component_snr_db is for float32",
+    )
     layer_snr_db: float | None = Field(
         default=None,
         description="each quantized layer on the same inputs, where activations are quantized",
