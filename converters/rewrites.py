@@ -1,0 +1,434 @@
+"""Small exact rewrites of modules, for what a target cannot take as diffusers writes it.
+
+Each is a function `module -> module` that changes a tree in place and returns it; `apply` runs a
+list of them on a copy that shares its tensors, so the pipeline itself stays as it was. A rewrite
+leaves the function alone up to float32 rounding, and the integers of a quantized layer alone
+altogether: rows are split and scales are multiplied, never requantized.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import Timesteps, get_timestep_embedding
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings
+
+from converters.components import share_structure
+from mobile_runtime.errors import UserError, choices
+
+Rewrite = Callable[[nn.Module], nn.Module]
+
+
+def apply(module: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Run the named rewrites in order on a copy of `module` that shares its tensors."""
+    for name in names:
+        if name not in REWRITES:
+            raise choices("rewrite", name, list(REWRITES))
+    rewritten = share_structure(module)
+    for name in names:
+        rewritten = REWRITES[name](rewritten)
+    return rewritten
+
+
+class ExplicitAttention(nn.Module):
+    """diffusers' Attention as linears, two 3-D matrix products and a softmax.
+
+    The scale of the scores is folded into the query's weights. A picture-shaped input
+    (B, C, H, W) is flattened to tokens and back, as the Attention of an autoencoder does.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        unknown = [
+            name
+            for name in ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj")
+            if getattr(attention, name, None) is not None
+        ]
+        if unknown:
+            raise UserError(
+                f"an attention layer of this pipeline has {unknown[0]}, which the explicit form "
+                "does not know; only plain Stable Diffusion attention can be lowered here"
+            )
+        self.heads = attention.heads
+        self.residual_connection = attention.residual_connection
+        self.rescale_output_factor = attention.rescale_output_factor
+        self.group_norm = attention.group_norm
+        self.to_q = scaled_linear(attention.to_q, attention.scale)
+        self.to_k = attention.to_k
+        self.to_v = attention.to_v
+        self.to_out = nn.ModuleList([attention.to_out[0]])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Tokens (B, L, D) or a picture (B, C, H, W) -> the same shape."""
+        if attention_mask is not None:
+            raise ValueError("explicit attention takes no mask")
+        residual, x = hidden_states, hidden_states
+        if self.group_norm is not None:
+            x = self.group_norm(x) if x.ndim == 4 else self.group_norm(x.mT).mT
+        if hidden_states.ndim == 4:
+            batch, channels, height, width = x.shape
+            x = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        x = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
+        x = self.to_out[0](x)
+        if hidden_states.ndim == 4:
+            x = x.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+        if self.residual_connection:
+            x = x + residual
+        return x if self.rescale_output_factor == 1 else x / self.rescale_output_factor
+
+
+class ExplicitClipAttention(nn.Module):
+    """CLIP's self-attention in the same form, with the causal mask added to the scores."""
+
+    def __init__(self, attention: CLIPAttention) -> None:
+        super().__init__()
+        self.heads = attention.num_heads
+        self.q_proj = scaled_linear(attention.q_proj, attention.scale)
+        self.k_proj = attention.k_proj
+        self.v_proj = attention.v_proj
+        self.out_proj = attention.out_proj
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        causal_attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = False,
+    ) -> tuple[torch.Tensor, None]:
+        """(B, L, D) -> (B, L, D); the mask is (1, 1, L, L), added to every head's scores."""
+        if attention_mask is not None:
+            raise ValueError("explicit attention takes the causal mask only")
+        query, key, value = (
+            project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mask = None if causal_attention_mask is None else causal_attention_mask[0]
+        return self.out_proj(attend(query, key, value, self.heads, mask)), None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(Q Kᵀ + mask) V by head. Q (B, L, D), scaled; K, V (B, S, D); mask (1, L, S)."""
+    batch, tokens, width = query.shape
+    head = width // heads
+    context = key.shape[1]
+    q = query.view(batch, tokens, heads, head).permute(0, 2, 1, 3)
+    k = key.view(batch, context, heads, head).permute(0, 2, 3, 1)
+    v = value.view(batch, context, heads, head).permute(0, 2, 1, 3)
+    scores = torch.bmm(
+        q.reshape(batch * heads, tokens, head), k.reshape(batch * heads, head, context)
+    )
+    if mask is not None:
+        scores = scores + mask
+    out = torch.bmm(scores.softmax(-1), v.reshape(batch * heads, context, head))
+    out = out.view(batch, heads, tokens, head).permute(0, 2, 1, 3)
+    return out.reshape(batch, tokens, width)
+
+
+def explicit_attention(module: nn.Module) -> nn.Module:
+    """Replace every Attention and CLIPAttention by its explicit form."""
+    module = _replace(module, Attention, ExplicitAttention)
+    return _replace(module, CLIPAttention, ExplicitClipAttention)
+
+
+class SplitGeglu(nn.Module):
+    """GEGLU with one linear for the values and one for the gates: no split of a tensor."""
+
+    def __init__(self, geglu: GEGLU) -> None:
+        super().__init__()
+        half = linear_rows(geglu.proj) // 2
+        self.proj_value = sliced_linear(geglu.proj, slice(None, half))
+        self.proj_gate = sliced_linear(geglu.proj, slice(half, None))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) -> (B, L, 4D)."""
+        return self.proj_value(hidden_states) * F.gelu(self.proj_gate(hidden_states))
+
+
+def split_geglu(module: nn.Module) -> nn.Module:
+    """Replace every GEGLU's wide linear by two."""
+    return _replace(module, GEGLU, SplitGeglu)
+
+
+class DecomposedGroupNorm(nn.Module):
+    """GroupNorm from means over the picture, 1x1 convolutions, and products.
+
+    The mean of a group's channels is a grouped 1x1 convolution and the affine part a depthwise one,
+    so nothing changes the layout of the picture (a reshape would, in a channels-last runtime).
+    """
+
+    group_mean: torch.Tensor
+    variance_bias: torch.Tensor
+    minus_one: torch.Tensor
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        channels, groups = norm.num_channels, norm.num_groups
+        self.channels, self.groups = channels, groups
+        size = channels // groups
+        reference = norm.weight if norm.weight is not None else torch.zeros(1)
+        make = {"dtype": torch.float32, "device": reference.device}
+        self.weight = norm.weight if norm.affine else torch.ones(channels, **make)
+        self.bias = norm.bias if norm.affine else torch.zeros(channels, **make)
+        mean = torch.full((channels, size, 1, 1), 1 / size, **make)
+        self.register_buffer("group_mean", mean, persistent=False)
+        eps = torch.full((channels,), norm.eps, **make)
+        self.register_buffer("variance_bias", eps, persistent=False)
+        minus_one = torch.full((channels, 1, 1, 1), -1.0, **make)
+        self.register_buffer("minus_one", minus_one, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) or (B, C, L) -> the same shape."""
+        if x.ndim == 3:
+            return self.forward(x[..., None])[..., 0]
+        mean = F.conv2d(x.mean((2, 3), keepdim=True), self.group_mean, groups=self.groups)
+        centred = x - mean
+        power = (centred * centred).mean((2, 3), keepdim=True)
+        variance = F.conv2d(power, self.group_mean, self.variance_bias, groups=self.groups)
+        weight = self.weight.view(self.channels, 1, 1, 1)
+        scale = F.conv2d(variance.rsqrt(), weight, groups=self.channels)
+        shift = F.conv2d(mean * scale, self.minus_one, self.bias, groups=self.channels)
+        return x * scale + shift
+
+
+def decomposed_group_norm(module: nn.Module) -> nn.Module:
+    """Replace every GroupNorm by means and 1x1 convolutions."""
+    return _replace(module, nn.GroupNorm, DecomposedGroupNorm)
+
+
+class DecomposedLayerNorm(nn.Module):
+    """LayerNorm over the last axis, its means taken by a linear of one row."""
+
+    mean_row: torch.Tensor
+    variance_bias: torch.Tensor
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        (width,) = norm.normalized_shape
+        self.weight = norm.weight
+        self.bias = norm.bias
+        self.register_buffer("mean_row", torch.full((1, width), 1 / width), persistent=False)
+        self.register_buffer("variance_bias", torch.full((1,), norm.eps), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> the same shape."""
+        centred = x - F.linear(x, self.mean_row)
+        variance = F.linear(centred * centred, self.mean_row, self.variance_bias)
+        out = centred * variance.rsqrt()
+        if self.weight is not None:
+            out = out * self.weight
+        return out if self.bias is None else out + self.bias
+
+
+def decomposed_layer_norm(module: nn.Module) -> nn.Module:
+    """Replace every LayerNorm by linears and products."""
+    return _replace(module, nn.LayerNorm, DecomposedLayerNorm)
+
+
+class ConcatUpsample(nn.Module):
+    """Nearest-neighbour doubling by concatenating a picture with itself, then the convolution."""
+
+    def __init__(self, upsample: Upsample2D) -> None:
+        super().__init__()
+        if upsample.norm is not None or upsample.use_conv_transpose or not upsample.interpolate:
+            raise UserError(
+                "an upsampler of this pipeline is no nearest-neighbour doubling with a "
+                "convolution; only that kind can be lowered here"
+            )
+        self.conv_name = upsample.name if upsample.name == "conv" else "Conv2d_0"
+        if upsample.use_conv:
+            self.add_module(self.conv_name, getattr(upsample, self.conv_name))
+
+    def forward(self, hidden_states: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C', 2H, 2W)."""
+        x = double(hidden_states)
+        if output_size is not None and tuple(output_size) != tuple(x.shape[-2:]):
+            raise ValueError(f"doubling gives {tuple(x.shape[-2:])}, not {tuple(output_size)}")
+        for conv in self.children():
+            x = conv(x)
+        return x
+
+
+class ConcatDouble(nn.Module):
+    """nn.Upsample(scale_factor=2), nearest, by concatenation."""
+
+    def __init__(self, upsample: nn.Upsample) -> None:
+        super().__init__()
+        if upsample.mode != "nearest" or upsample.scale_factor not in (2, (2, 2)):
+            raise UserError(
+                f"an upsampler of this pipeline is not a nearest-neighbour doubling: {upsample}"
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        return double(x)
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    """Every pixel twice in both directions: (B, C, H, W) -> (B, C, 2H, 2W).
+
+    In channels-last order, a row of pixels beside itself on the channel axis is the wider row.
+    """
+    batch, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    wide = torch.cat([pixels, pixels], -1).reshape(batch, height, 2 * width * channels)
+    tall = torch.cat([wide, wide], -1).reshape(batch, 2 * height, 2 * width, channels)
+    return tall.permute(0, 3, 1, 2)
+
+
+def upsample_by_concat(module: nn.Module) -> nn.Module:
+    """Replace every nearest-neighbour upsampler by concatenations."""
+    module = _replace(module, Upsample2D, ConcatUpsample)
+    return _replace(module, nn.Upsample, ConcatDouble)
+
+
+class ConstantTimesteps(nn.Module):
+    """Sinusoidal timestep embedding with its frequencies computed once, for the first timestep.
+
+    The UNet repeats its one timestep over the batch; the embedding of one serves all, by
+    broadcasting, and costs the time path once.
+    """
+
+    frequencies: torch.Tensor
+
+    def __init__(self, timesteps: Timesteps) -> None:
+        super().__init__()
+        self.timesteps = timesteps
+        half = timesteps.num_channels // 2
+        if timesteps.num_channels % 2:
+            raise UserError(
+                f"the UNet's timestep embedding has an odd width ({timesteps.num_channels}); "
+                "only even widths can be lowered here"
+            )
+        exponent = torch.arange(half, dtype=torch.float32) * -9.210340371976184  # ln 10000
+        exponent = exponent / (half - timesteps.downscale_freq_shift)
+        self.register_buffer(
+            "frequencies", exponent.exp()[None] * timesteps.scale, persistent=False
+        )
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """(B,) equal timesteps -> (1, D)."""
+        phase = timesteps[:1, None] * self.frequencies
+        parts = [phase.sin(), phase.cos()]
+        return torch.cat(parts[::-1] if self.timesteps.flip_sin_to_cos else parts, -1)
+
+
+def constant_timesteps(module: nn.Module) -> nn.Module:
+    """Precompute the frequencies of the timestep embedding."""
+    return _replace(module, Timesteps, ConstantTimesteps)
+
+
+class GatheredEmbeddings(nn.Module):
+    """CLIP's embeddings with constant positions; an int8 table is gathered before it is scaled.
+
+    Only the rows of the prompt's tokens become floats, never the whole table.
+    """
+
+    positions: torch.Tensor
+
+    def __init__(self, embeddings: CLIPTextEmbeddings) -> None:
+        super().__init__()
+        self.token_embedding = embeddings.token_embedding
+        with torch.no_grad():
+            positions = embeddings.position_embedding(embeddings.position_ids)
+        self.register_buffer("positions", positions.detach(), persistent=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(1, L) -> (1, L, D)."""
+        table = self.token_embedding
+        if not is_quantized(table):
+            return table(input_ids) + self.positions
+        rows = F.embedding(input_ids, table.weight_int8).to(torch.float32)
+        scales = F.embedding(input_ids, table.weight_scale[:, None])
+        return rows * scales + self.positions
+
+
+def gathered_embeddings(module: nn.Module) -> nn.Module:
+    """Make CLIP's embeddings a gather of rows plus a constant."""
+    return _replace(module, CLIPTextEmbeddings, GatheredEmbeddings)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer holds int8 weights with a scale for each output channel."""
+    return hasattr(module, "weight_int8")
+
+
+def linear_rows(linear: nn.Module) -> int:
+    """The number of output channels of a float or quantized linear."""
+    return _weight(linear).shape[0]
+
+
+def scaled_linear(linear: nn.Module, factor: float) -> nn.Module:
+    """A linear whose output is `factor` times that of `linear`; integers stay as they are."""
+    scaled = copy.copy(linear)
+    scaled._parameters, scaled._buffers = dict(linear._parameters), dict(linear._buffers)
+    _set(scaled, "weight_scale" if is_quantized(linear) else "weight", lambda w: w * factor)
+    _set(scaled, "bias", lambda bias: bias * factor)
+    return scaled
+
+
+def sliced_linear(linear: nn.Module, rows: slice) -> nn.Module:
+    """A linear with some of the output channels of `linear`."""
+    part = copy.copy(linear)
+    part._parameters, part._buffers = dict(linear._parameters), dict(linear._buffers)
+    for name in ("weight", "weight_int8", "weight_scale", "bias"):
+        _set(part, name, lambda tensor: tensor[rows].clone())
+    part.out_features = linear_rows(part)  # type: ignore[assignment]
+    return part
+
+
+def _weight(linear: nn.Module) -> torch.Tensor:
+    weight = linear.weight_int8 if is_quantized(linear) else linear.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _set(module: nn.Module, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace a tensor of a module, if it has it, in the same role."""
+    if module._parameters.get(name) is not None:
+        changed = change(module._parameters[name].detach())  # type: ignore[union-attr]
+        module._parameters[name] = nn.Parameter(changed, requires_grad=False)
+    elif module._buffers.get(name) is not None:
+        module._buffers[name] = change(module._buffers[name])  # type: ignore[arg-type]
+
+
+def _replace(module: nn.Module, kind: type[Any], make: Callable[[Any], nn.Module]) -> nn.Module:
+    """Replace every module of a kind in the tree, each once however often it is named."""
+    if isinstance(module, kind):
+        return make(module)
+    made: dict[nn.Module, nn.Module] = {}
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and isinstance(child, kind):
+                if child not in made:
+                    made[child] = make(child)
+                parent._modules[name] = made[child]
+    return module
+
+
+REWRITES: dict[str, Rewrite] = {
+    "explicit_attention": explicit_attention,
+    "split_geglu": split_geglu,
+    "decomposed_group_norm": decomposed_group_norm,
+    "decomposed_layer_norm": decomposed_layer_norm,
+    "upsample_by_concat": upsample_by_concat,
+    "constant_timesteps": constant_timesteps,
+    "gathered_embeddings": gathered_embeddings,
+}
