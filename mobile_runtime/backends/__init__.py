@@ -1,0 +1,87 @@
+"""The runtimes that execute a bundle's components: named arrays in, named arrays out."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mobile_runtime.errors import UserError, choices
+from mobile_runtime.manifest import TensorSpec
+
+if TYPE_CHECKING:
+    from mobile_runtime.bundle import Bundle
+
+Arrays = dict[str, np.ndarray]
+Runner = Callable[[Arrays], Arrays]
+
+# Each module has load(bundle, component, **options) -> Runner and imports its library inside.
+BACKENDS = {
+    "coreml": "mobile_runtime.backends.coreml",
+    "executorch": "mobile_runtime.backends.executorch",
+    "mil": "mobile_runtime.backends.mil",
+    "onnxruntime": "mobile_runtime.backends.onnxruntime",
+    "torch": "mobile_runtime.backends.torch",
+}
+# The formats that each backend reads; torch reads a diffusers folder beside the bundle.
+FORMATS = {
+    "coreml": ("mlpackage",),
+    "executorch": ("pte",),
+    "mil": ("mlpackage",),
+    "onnxruntime": ("onnx", "ort"),
+}
+
+
+def default_backend(target: str) -> str:
+    """A target's own runtime; Core ML's off the Mac is the interpreter of ML programs."""
+    if target == "coreml":
+        return "coreml" if sys.platform == "darwin" else "mil"
+    return {"onnx": "onnxruntime", "executorch": "executorch"}[target]
+
+
+def load(bundle: "Bundle", component: str, *, backend: str | None = None, **options: Any) -> Runner:
+    """Load one component of a bundle; the result checks its inputs against the manifest.
+
+    backend: a name of BACKENDS; None takes the target's own. options go to the backend.
+    Raises UserError for an unknown backend or option, a format that the backend does not read,
+    or a missing library.
+    """
+    entry = bundle.component(component)
+    name = default_backend(bundle.manifest.target) if backend is None else backend
+    if name not in BACKENDS:
+        raise choices("backend", name, list(BACKENDS))
+    if name in FORMATS and entry.format not in FORMATS[name]:
+        readers = [reader for reader, formats in FORMATS.items() if entry.format in formats]
+        raise UserError(
+            f"the backend {name} does not read {entry.path}; choose one of: {', '.join(readers)}"
+        )
+    module = importlib.import_module(BACKENDS[name])
+    known = list(inspect.signature(module.load).parameters)[2:]
+    for option in options:
+        if option not in known:
+            raise choices(f"option of the backend {name}", option, known)
+    runner = module.load(bundle, component, **options)
+    inputs = entry.inputs
+
+    def checked(feeds: Arrays) -> Arrays:
+        check_inputs(component, inputs, feeds)
+        return runner(feeds)
+
+    return checked
+
+
+def check_inputs(component: str, specs: Sequence[TensorSpec], feeds: Arrays) -> None:
+    """Raise UserError, telling every fault, unless the arrays are what the specs describe."""
+    wanted = {spec.name: spec for spec in specs}
+    faults = [f"{name} is missing" for name in wanted if name not in feeds]
+    faults += [f"{name} is unknown" for name in feeds if name not in wanted]
+    for name, spec in wanted.items():
+        if name not in feeds:
+            continue
+        array = feeds[name]
+        if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
+            faults.append(f"{name} is {array.dtype} {array.shape}, not {spec.dtype} {spec.shape}")
+    if faults:
+        raise UserError(f"wrong inputs for {component}: {'; '.join(faults)}")
