@@ -1,0 +1,326 @@
+"""What is checked of one component in one runtime.
+
+A model that does not load or run is a failed check. A runtime that is not available here is a
+check that was not run. Neither ever counts as passed.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from mobile_runtime import backends
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.errors import BundleError, UserError
+from mobile_runtime.latency import Latency, measure
+from mobile_runtime.manifest import ComponentName, Gates
+from mobile_runtime.parity import (
+    Status,
+    TensorVerdict,
+    check_conditioning,
+    check_outputs,
+    check_repeat,
+)
+from mobile_runtime.report import Check, Kind
+
+Arrays = dict[str, np.ndarray]
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A backend as it is checked: its name, its options, and what it computes in."""
+
+    backend: str
+    arithmetic: Literal["float32", "float16"]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The name in a report."""
+        return f"{self.backend} {self.arithmetic}" if self.options else self.backend
+
+    def gate_db(self, gates: Gates) -> float | None:
+        """The same-function gate of a component in this arithmetic."""
+        return gates.component_snr_db if self.arithmetic == "float32" else gates.float16_snr_db
+
+
+@dataclass(frozen=True)
+class Teller:
+    """Makes the checks of one component in one runtime."""
+
+    component: str
+    runtime: str
+    prompt: int | None = None
+
+    def __call__(self, kind: Kind, status: Status, reason: str, **values: Any) -> Check:
+        return Check(
+            kind=kind,
+            component=self.component,
+            runtime=self.runtime,
+            prompt=self.prompt,
+            status=status,
+            gated=status != "not_gated",
+            reason=reason,
+            **values,
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden case of a component: what to feed, and the two references."""
+
+    inputs: Arrays
+    same_function: Arrays
+    source: Arrays
+
+
+def golden_cases(bundle: Bundle, component: ComponentName) -> list[Case]:
+    """The golden cases of a component, in order."""
+    golden = bundle.manifest.golden
+    tensors = bundle.golden(golden.components[component])
+
+    def group(prefix: str) -> Arrays:
+        return {
+            key.removeprefix(prefix): value
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
+
+    return [
+        Case(group(f"{k}/in/"), group(f"{k}/out/"), group(f"{k}/source/"))
+        for k in range(golden.cases[component])
+    ]
+
+
+def quantized_layers(bundle: Bundle, component: str) -> list[str]:
+    """The layers of a component whose activations are quantized."""
+    return [
+        plan.layer
+        for plan in bundle.manifest.quantization
+        if plan.activations != "none" and plan.layer.split(".")[0] == component
+    ]
+
+
+def component_kinds(bundle: Bundle, component: str) -> list[Kind]:
+    """The checks that a component of this bundle gets, once its model runs."""
+    kinds: list[Kind] = ["outputs", "same_function", "source", "repeat"]
+    if component == "unet":
+        kinds.append("conditioning")
+    if quantized_layers(bundle, component):
+        kinds.append("layers_at_conversion")
+    return kinds
+
+
+def check_component(
+    bundle: Bundle, component: ComponentName, runtime: Runtime, *, repeats: int, step: Step
+) -> tuple[list[Check], Latency | None]:
+    """Run every golden case of a component. Returns its checks and its latency.
+
+    repeats: timed calls; 0 measures no latency. step: told what is being run.
+    """
+    tell = Teller(component, runtime.label)
+    if not bundle.manifest.golden.cases.get(component):
+        return [tell("outputs", "not_run", "the bundle holds no golden cases for it")], None
+    cases = golden_cases(bundle, component)
+    step(f"{component} in {runtime.label}: load")
+    try:
+        start = time.perf_counter()
+        run = backends.load(bundle, component, backend=runtime.backend, **runtime.options)
+        load_ms = (time.perf_counter() - start) * 1000
+    except BundleError as error:
+        return [tell("outputs", "fail", str(error))], None
+    except UserError as error:
+        return [tell("outputs", "not_run", str(error))], None
+    except Exception as error:  # the runtimes' own errors share no class
+        return [tell("outputs", "fail", f"the model does not load: {brief(error)}")], None
+    try:
+        outputs = []
+        for k, case in enumerate(cases):
+            step(f"{component} in {runtime.label}: case {k + 1} of {len(cases)}")
+            outputs.append(_call(run, case.inputs))
+        # After the others, so that a state that leaks from one call to the next shows as well.
+        step(f"{component} in {runtime.label}: case 1 again")
+        again = _call(run, cases[0].inputs)
+        latency = None
+        if repeats and not outputs_fault(cases, outputs):
+            step(f"{component} in {runtime.label}: latency")
+            latency = measure(
+                run,
+                cases[0].inputs,
+                component=component,
+                runtime=runtime.label,
+                load_ms=load_ms,
+                repeats=repeats,
+            )
+    except Exception as error:
+        return [tell("outputs", "fail", f"the model does not run: {brief(error)}")], None
+
+    gates = bundle.manifest.gates
+    fault = outputs_fault(cases, outputs)
+    form = f"{len(cases)} cases have the names, shapes and dtypes of the reference, all finite"
+    checks = [
+        tell("outputs", "fail" if fault else "pass", fault or form),
+        _same_function(tell, bundle, component, runtime, cases, outputs),
+        _figures(tell, "source", cases, outputs, gates.source_component_snr_db),
+        _repeat(tell, outputs[0], again),
+    ]
+    if component == "unet":
+        checks.append(_conditioning(tell, bundle, cases, outputs))
+    if quantized_layers(bundle, component):
+        checks.append(_layers(tell, bundle, component))
+    return checks, latency
+
+
+def outputs_fault(cases: Sequence[Case], outputs: Sequence[Arrays]) -> str | None:
+    """The first fault of form (name, shape, dtype, finiteness), with its case; None if sound."""
+    for k, (case, output) in enumerate(zip(cases, outputs, strict=True)):
+        for verdict in check_outputs(case.same_function, output):
+            if not verdict.sound:
+                return f"{verdict.reason} (case {k})"
+    return None
+
+
+def _call(run: Callable[[Arrays], Arrays], inputs: Arrays) -> Arrays:
+    """Run on copies, and copy what comes back: a runtime may reuse its buffers."""
+    outputs = run({name: array.copy() for name, array in inputs.items()})
+    return {name: np.array(value) for name, value in outputs.items()}
+
+
+def brief(error: Exception) -> str:
+    """An error of a runtime in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _same_function(
+    tell: Teller,
+    bundle: Bundle,
+    component: str,
+    runtime: Runtime,
+    cases: Sequence[Case],
+    outputs: Sequence[Arrays],
+) -> Check:
+    gates = bundle.manifest.gates
+    if not quantized_layers(bundle, component) or gates.layer_snr_db is None:
+        return _figures(tell, "same_function", cases, outputs, runtime.gate_db(gates))
+    check = _figures(tell, "same_function", cases, outputs, None)
+    why = (
+        "not gated as a whole, because integer kernels round some quantized activations to the "
+        "next step and depth amplifies that; the layers and the picture are gated instead"
+    )
+    return check.model_copy(update={"reason": f"{check.reason}; {why}"})
+
+
+def _figures(
+    tell: Teller,
+    kind: Literal["same_function", "source"],
+    cases: Sequence[Case],
+    outputs: Sequence[Arrays],
+    gate_db: float | None,
+) -> Check:
+    """All cases against one reference; the check tells the worst, `details` every case."""
+    verdicts = [
+        (k, verdict)
+        for k, (case, output) in enumerate(zip(cases, outputs, strict=True))
+        for verdict in check_outputs(getattr(case, kind), output, gate_db=gate_db)
+    ]
+    details = {"cases": [_case_row(k, verdict) for k, verdict in verdicts]}
+    k, worst = min(verdicts, key=lambda item: rank(item[1]))
+    status: Status = worst.status
+    if gate_db is None and status == "fail":
+        # Without a gate the form is judged by the check of the outputs alone; the source may have
+        # another form, where a stage changes it.
+        status = "not_gated"
+    reason = worst.reason if len(verdicts) == 1 else f"{worst.reason} (case {k}, the worst)"
+    return tell(kind, status, reason, gate=gate_db, details=details, **figures_of(worst))
+
+
+def rank(verdict: TensorVerdict) -> tuple[bool, bool, float]:
+    """Failed ones first, those without figures before the others, then by SNR."""
+    figures = verdict.figures
+    return (verdict.status != "fail", figures is not None, figures.snr_db if figures else 0.0)
+
+
+def figures_of(verdict: TensorVerdict) -> dict[str, Any]:
+    """A verdict's figures as fields of a check; infinite decibels are told as `equal`."""
+    figures = verdict.figures
+    if figures is None:
+        return {"unit": "dB"}
+    return {
+        "unit": "dB",
+        "value": finite(figures.snr_db),
+        "equal": figures.max_abs == 0,
+        "max_abs": finite(figures.max_abs),
+    }
+
+
+def _case_row(k: int, verdict: TensorVerdict) -> dict[str, Any]:
+    row: dict[str, Any] = {"case": k, "output": verdict.name, "status": verdict.status}
+    if verdict.figures is not None:
+        row |= {
+            "snr_db": finite(verdict.figures.snr_db),
+            "peak_db": finite(verdict.figures.peak_db),
+            "max_abs": finite(verdict.figures.max_abs),
+            "cosine": finite(verdict.figures.cosine),
+        }
+    return row
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no infinity."""
+    return value if value is not None and np.isfinite(value) else None
+
+
+def _repeat(tell: Teller, first: Arrays, again: Arrays) -> Check:
+    verdict = check_repeat(first, again)
+    return tell("repeat", verdict.status, verdict.reason)
+
+
+def _conditioning(
+    tell: Teller, bundle: Bundle, cases: Sequence[Case], outputs: Sequence[Arrays]
+) -> Check:
+    pairs = bundle.manifest.golden.conditioning_pairs
+    if not pairs:
+        return tell("conditioning", "not_run", "the bundle holds no pair of cases for it")
+    worst: tuple[TensorVerdict, float | None] | None = None
+    for pair in pairs:
+        for name in cases[pair[0]].same_function:
+            if any(name not in outputs[k] for k in pair):
+                return tell("conditioning", "fail", f"{name} is missing")
+            wanted, given = (
+                (arrays[pair[0]][name], arrays[pair[1]][name])
+                for arrays in ([case.same_function for case in cases], outputs)
+            )
+            verdict, ratio = check_conditioning(wanted, given)
+            if worst is None or verdict.status == "fail":
+                worst = (verdict, ratio)
+    assert worst is not None
+    verdict, ratio = worst
+    return tell(
+        "conditioning", verdict.status, verdict.reason, value=finite(ratio), unit="ratio", gate=None
+    )
+
+
+def _layers(tell: Teller, bundle: Bundle, component: str) -> Check:
+    """The layers' figures as the conversion recorded them; the plan says which there must be."""
+    gate_db = bundle.manifest.gates.layer_snr_db
+    kind: Kind = "layers_at_conversion"
+    layers = quantized_layers(bundle, component)
+    recorded: Any = bundle.component(component).details.get("layer_snr_db")
+    if not isinstance(recorded, dict) or not recorded:
+        return tell(kind, "not_run", "the conversion recorded no layer figures", gate=gate_db)
+    missing = [layer for layer in layers if not isinstance(recorded.get(layer), int | float)]
+    if missing:
+        reason = f"{len(missing)} of {len(layers)} layers have no figure, {missing[0]} first"
+        return tell(kind, "fail", reason, gate=gate_db)
+    worst = min(layers, key=lambda layer: float(recorded[layer]))
+    snr_db = float(recorded[worst])
+    reason = f"the worst of {len(layers)} layers, {worst}, had {snr_db:.1f} dB at conversion"
+    status: Status = "not_gated"
+    if gate_db is not None:
+        status = "pass" if all(float(recorded[name]) >= gate_db for name in layers) else "fail"
+        reason += f" (gate {gate_db:g} dB)"
+    return tell(kind, status, reason, value=finite(snr_db), unit="dB", gate=gate_db)

@@ -1,0 +1,261 @@
+"""The report of a validation: its types, its verdict, the table, and report.json on disk.
+
+A report belongs to one bundle, by the SHA-256 of the bundle's manifest (which holds the hash of
+every file). `read_report` refuses one that was made for another.
+"""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field, ValidationError
+
+from mobile_runtime.bundle import REPORTS, Bundle
+from mobile_runtime.errors import BundleError, UserError
+from mobile_runtime.latency import Environment, Latency
+from mobile_runtime.manifest import Strict, Target
+from mobile_runtime.parity import Status
+
+REPORT_SCHEMA_VERSION = 1
+REPORT_JSON, REPORT_HTML = REPORTS
+
+Verdict = Literal["pass", "fail", "not_run"]
+Kind = Literal[
+    "outputs",  # names, shapes, dtypes, finiteness of every case
+    "same_function",  # against the torch module after the stages: gates the conversion
+    "source",  # against the fp32 pipeline before the stages: gates the recipe
+    "repeat",  # the same input twice gives the same bits
+    "conditioning",  # the prompt changes the UNet's output as it changes the reference
+    "layers_at_conversion",  # quantized layers on the same inputs; recorded, not measured again
+    "tokens",  # prompt to ids
+    "noise",  # seed to noise
+    "trajectory",  # latents by step
+    "picture",  # against the same-function picture
+    "source_picture",  # against the source's picture
+    "elsewhere",  # what only another machine can check
+]
+PIPELINE = "pipeline"
+
+
+class Check(Strict):
+    """One thing that was checked, or could not be. Only gated checks decide the verdict."""
+
+    kind: Kind
+    component: str = Field(description="a component's name, or 'pipeline'")
+    runtime: str = Field(description="the backend, with its arithmetic where it has a choice")
+    prompt: int | None = Field(default=None, description="pipeline only: the golden prompt's index")
+    status: Status
+    gated: bool
+    reason: str
+    value: float | None = Field(
+        default=None, description="the worst case's figure; null if equal or none"
+    )
+    unit: Literal["dB", "ratio"] | None = None
+    gate: float | None = None
+    equal: bool = Field(
+        default=False, description="nothing differs, so the figure in dB is infinite"
+    )
+    max_abs: float | None = None
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class Pictures(Strict):
+    """The pictures of one golden prompt, (H, W, 3) uint8; shown in the HTML, not in the JSON."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    prompt: str
+    runtime: str
+    source: np.ndarray
+    reference: np.ndarray
+    output: np.ndarray
+
+
+class Report(Strict):
+    """`report.json`, schema 1."""
+
+    schema_version: Literal[1] = 1
+    verdict: Verdict
+    summary: str = Field(description="one sentence; it names the first component that failed")
+    bundle: str = Field(description="the manifest's name")
+    target: Target
+    manifest_sha256: str
+    created: str = Field(description="UTC, ISO 8601")
+    environment: Environment
+    checks: tuple[Check, ...]
+    latency: tuple[Latency, ...] = ()
+    pictures: tuple[Pictures, ...] = Field(default=(), exclude=True, repr=False)
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+def conclude(checks: tuple[Check, ...]) -> tuple[Verdict, str]:
+    """The verdict on a bundle, and one sentence about it.
+
+    pass: something ran, and every gated check passed. What could not run never counts as passed.
+    """
+    gated = [check for check in checks if check.gated]
+    failed = next((check for check in gated if check.status == "fail"), None)
+    if failed is not None:
+        return "fail", f"{_place(failed)} failed: {failed.reason}"
+    ran = any(check.kind == "outputs" and check.status == "pass" for check in gated)
+    missing = next((check for check in gated if check.status != "pass"), None)
+    if missing is not None:
+        return "not_run", f"{_place(missing)} could not be checked: {missing.reason}"
+    if not ran:
+        return "not_run", "no model was run"
+    skipped = sum(check.status == "not_run" for check in checks)
+    note = f"; {skipped} not gated could not be run here" if skipped else ""
+    return "pass", f"all {len(gated)} gated checks passed{note}"
+
+
+def _place(check: Check) -> str:
+    prompt = "" if check.prompt is None else f" (prompt {check.prompt})"
+    return f"{check.component}{prompt} in {check.runtime}"
+
+
+def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
+    """Write report.json and report.html into a folder, each whole or not at all.
+
+    Raises UserError where the folder cannot be written.
+    """
+    from mobile_runtime.report_html import render
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        json_path = _write_atomically(
+            folder / REPORT_JSON, report.model_dump_json(indent=1, exclude={"pictures"}) + "\n"
+        )
+        return json_path, _write_atomically(folder / REPORT_HTML, render(report))
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(
+            f"the report cannot be written to {folder}: {error.strerror}; choose another --output"
+        ) from error
+
+
+def _write_atomically(path: Path, text: str) -> Path:
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+        raise
+    return path
+
+
+def read_report(bundle: Bundle, folder: Path | None = None) -> Report:
+    """The report that lies in the bundle (or in `folder`), if it was made for this very bundle."""
+    path = (folder or bundle.path) / REPORT_JSON
+    if not path.is_file():
+        raise UserError(
+            f"{bundle.path} has not been validated; run: "
+            f"python -m mobile_runtime validate {bundle.path}"
+        )
+    try:
+        report = Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise BundleError(f"{path} is not a valid report: {where}: {fault['msg']}") from error
+    if report.manifest_sha256 != bundle.manifest_sha256:
+        raise BundleError(
+            f"{path} was made for another bundle (its manifest differs); validate this one again"
+        )
+    return report
+
+
+def decibel(check: Check | None) -> str:
+    """A check's figure as people read it."""
+    if check is None or (check.value is None and not check.equal):
+        return "-"
+    return "equal" if check.equal else f"{check.value:.1f} {check.unit}"
+
+
+def component_rows(report: Report) -> list[dict[str, Check]]:
+    """The checks of each component in each runtime, by kind, in the report's order."""
+    rows: dict[tuple[str, str], dict[str, Check]] = {}
+    for check in report.checks:
+        if check.component != PIPELINE and check.kind != "elsewhere":
+            rows.setdefault((check.component, check.runtime), {})[check.kind] = check
+    return list(rows.values())
+
+
+def prompt_rows(report: Report) -> list[dict[str, Check]]:
+    """The checks of each golden prompt in each runtime, by kind, in the report's order."""
+    rows: dict[tuple[int | None, str], dict[str, Check]] = {}
+    for check in report.checks:
+        if check.component == PIPELINE and check.kind != "elsewhere":
+            rows.setdefault((check.prompt, check.runtime), {})[check.kind] = check
+    return list(rows.values())
+
+
+def row_status(row: dict[str, Check]) -> str:
+    """What a row amounts to: its worst gated check."""
+    statuses = {check.status for check in row.values() if check.gated}
+    return next((status for status in ("fail", "not_run", "pass") if status in statuses), "not_run")
+
+
+def format_table(report: Report) -> str:
+    """The report as a short table for a terminal."""
+    header = ("component", "runtime", "cases", "same function", "source", "max abs", "repeat")
+    lines: list[tuple[str, ...]] = [(*header, "verdict")]
+    for row in component_rows(report):
+        first = next(iter(row.values()))
+        same = row.get("same_function")
+        repeat = row.get("repeat")
+        lines.append(
+            (
+                first.component,
+                first.runtime,
+                str(len(same.details.get("cases", ()))) if same else "-",
+                decibel(same),
+                decibel(row.get("source")),
+                f"{same.max_abs:.1e}" if same and same.max_abs is not None else "-",
+                {"pass": "equal", "fail": "differs"}.get(repeat.status, "-") if repeat else "-",
+                row_status(row),
+            )
+        )
+    text = _columns(lines)
+    prompts: list[tuple[str, ...]] = [
+        ("prompt", "runtime", "picture", "source", "worst step", "verdict")
+    ]
+    for row in prompt_rows(report):
+        first = next(iter(row.values()))
+        prompts.append(
+            (
+                str(first.prompt) if first.prompt is not None else "-",
+                first.runtime,
+                decibel(row.get("picture")),
+                decibel(row.get("source_picture")),
+                decibel(row.get("trajectory")),
+                row_status(row),
+            )
+        )
+    if len(prompts) > 1:
+        text += "\n\n" + _columns(prompts)
+    notes = [
+        f"not run: {check.component} in {check.runtime}: {check.reason}"
+        for check in report.checks
+        if check.status == "not_run"
+    ]
+    notes += [
+        f"failed: {_place(check)}: {check.reason}"
+        for check in report.checks
+        if check.gated and check.status == "fail"
+    ]
+    return "\n".join([text, "", *notes, f"{report.verdict.upper()}: {report.summary}"])
+
+
+def _columns(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,241 @@
+"""The report as one HTML page: no script, no network, light and dark, narrow and wide."""
+
+import base64
+import io
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+from mobile_runtime.report import (
+    Check,
+    Pictures,
+    Report,
+    component_rows,
+    decibel,
+    prompt_rows,
+    row_status,
+)
+
+# One level of 255 shows as 32, which an eye can find on black.
+AMPLIFIED = 32
+_WORDS = {"pass": "Pass", "fail": "Fail", "not_run": "Not run", "not_gated": "Not gated"}
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f27; --soft: #5b6472;
+  --line: #dfe3e9; --pass: #12703c; --fail: #b3201d; --not_run: #8a5a00; --not_gated: #5b6472; }
+@media (prefers-color-scheme: dark) { :root { --page: #12151a; --card: #1b1f26; --ink: #e8ebf0;
+  --soft: #98a2b3; --line: #303743; --pass: #55c98a; --fail: #ff8680; --not_run: #e3b052;
+  --not_gated: #98a2b3; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
+h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; }
+h2 { margin: 2rem 0 .6rem; font-size: 1.1rem; }
+p { margin: .3rem 0; } .soft { color: var(--soft); font-size: .875rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .75rem;
+  padding: 1rem; overflow-wrap: anywhere; }
+.verdict { border-left: .4rem solid var(--tone); }
+.tone { color: var(--tone); font-weight: 600; white-space: nowrap; }
+.pass { --tone: var(--pass); } .fail { --tone: var(--fail); }
+.not_run { --tone: var(--not_run); } .not_gated { --tone: var(--not_gated); }
+.pictures { display: grid; gap: .75rem; grid-template-columns: repeat(4, minmax(0, 1fr)); }
+@media (max-width: 36rem) { .pictures { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+figure { margin: 0; } figcaption { font-size: .8125rem; color: var(--soft); margin-top: .25rem; }
+figure img { display: block; width: 100%; aspect-ratio: var(--ratio); border-radius: .4rem;
+  background: #000; } .small img { image-rendering: pixelated; }
+.prompt + .prompt { margin-top: .75rem; } .prompt > p { margin: 0 0 .6rem; }
+table { width: 100%; border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: left; vertical-align: top; padding: .45rem .75rem .45rem 0;
+  border-top: 1px solid var(--line); }
+tr:first-child > * { border-top: 0; } th { font-weight: 600; color: var(--soft);
+  font-size: .8125rem; }
+td { font-variant-numeric: tabular-nums; } td:last-child, th:last-child { padding-right: 0; }
+td small { display: block; color: var(--soft); font-size: .8125rem; }
+@media (max-width: 30rem) { .wide { display: none; } }
+dl { display: grid; grid-template-columns: minmax(5.5rem, max-content) minmax(0, 1fr);
+  gap: .3rem 1rem; margin: 0; font-size: .9rem; } dt { color: var(--soft); } dd { margin: 0; }
+summary { cursor: pointer; } details table { margin-top: .5rem; }
+code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .875em; }
+"""
+
+
+def render(report: Report) -> str:
+    """The whole page, its pictures inside."""
+    title = f"{report.bundle} for {report.target}"
+    sections = [_head(report, title), _pictures(report), _components(report), _prompts(report)]
+    sections += [_latency(report), _all_checks(report), _environment(report)]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}: {_WORDS[report.verdict]}</title><style>{_STYLE}</style></head>"
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _head(report: Report, title: str) -> str:
+    return (
+        f'<header class="card verdict {report.verdict}"><h1>{escape(title)}: '
+        f'<span class="tone">{_WORDS[report.verdict]}</span></h1>'
+        f"<p>{escape(report.summary[:1].upper() + report.summary[1:])}.</p>"
+        f'<p class="soft">{escape(report.created)} · manifest SHA-256 '
+        f"<code>{escape(report.manifest_sha256[:16])}…</code></p></header>"
+    )
+
+
+def _pictures(report: Report) -> str:
+    if not report.pictures:
+        return ""
+    return "<h2>Golden pictures</h2>" + "".join(_prompt_card(p) for p in report.pictures)
+
+
+def _prompt_card(pictures: Pictures) -> str:
+    height, width = pictures.reference.shape[:2]
+    small = " small" if max(height, width) < 256 else ""
+    shown = [
+        (pictures.source, "Source, fp32", "the pipeline before the stages"),
+        (pictures.reference, "Reference", "PyTorch after the stages, same function"),
+        (pictures.output, escape(pictures.runtime), "this bundle's files"),
+    ]
+    if pictures.output.shape == pictures.reference.shape:
+        error = np.abs(pictures.output.astype(np.int16) - pictures.reference.astype(np.int16))
+        difference = np.minimum(error * AMPLIFIED, 255).astype(np.uint8)
+        caption = f"at most {error.max()} of 255 apart" if error.any() else "equal in every pixel"
+        shown.append((difference, f"Difference × {AMPLIFIED}", caption))
+    figures = "".join(
+        f'<figure><img src="{_data_uri(array)}" alt="{name}">'
+        f"<figcaption><b>{name}</b><br>{caption}</figcaption></figure>"
+        for array, name, caption in shown
+    )
+    return (
+        f'<section class="card prompt{small}" style="--ratio: {width} / {height}">'
+        f'<p>“{escape(pictures.prompt)}”</p><div class="pictures">{figures}</div></section>'
+    )
+
+
+def _data_uri(picture: np.ndarray) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _status(status: str) -> str:
+    return f'<span class="tone {status}">{_WORDS[status]}</span>'
+
+
+def _figure(check: Check | None) -> str:
+    """A figure, and under it what it is held against."""
+    if check is None:
+        return "–"
+    if check.status == "not_run":
+        return "not run"
+    gate = f"gate {check.gate:g} dB" if check.gate is not None else "not gated"
+    return f"{decibel(check).replace('-', '–')}<small>{gate}</small>"
+
+
+def _table(header: list[str], rows: list[list[str]], wide: tuple[int, ...] = ()) -> str:
+    """wide: the columns that a phone leaves out."""
+    css = [' class="wide"' if i in wide else "" for i in range(len(header))]
+    head = "".join(f"<th{c}>{cell}</th>" for c, cell in zip(css, header, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{c}>{cell}</td>" for c, cell in zip(css, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _components(report: Report) -> str:
+    rows = []
+    for row in component_rows(report):
+        first = next(iter(row.values()))
+        same, repeat = row.get("same_function"), row.get("repeat")
+        largest = f"{same.max_abs:.1e}" if same and same.max_abs is not None else "–"
+        again = {"pass": "equal", "fail": "differs"}.get(repeat.status, "–") if repeat else "–"
+        rows.append(
+            [
+                f"{escape(first.component)}<small>{escape(first.runtime)}</small>",
+                _figure(same),
+                _figure(row.get("source")),
+                largest,
+                again,
+                _status(row_status(row)),
+            ]
+        )
+    header = ["Component", "Same function", "Source", "Max abs error", "Run twice", "Verdict"]
+    note = (
+        '<p class="soft">The worst golden case, SNR with the power of the reference. Same function '
+        "is the PyTorch module after the stages: it judges the conversion. Source is the fp32 "
+        "pipeline before them: it judges the recipe.</p>"
+    )
+    table = _table(header, rows, wide=(3, 4))
+    return f'<h2>Components</h2><div class="card">{table}{note}</div>'
+
+
+def _prompts(report: Report) -> str:
+    rows = []
+    for row in prompt_rows(report):
+        first = next(iter(row.values()))
+        prompt = "–" if first.prompt is None else str(first.prompt)
+        rows.append(
+            [
+                f"prompt {prompt}<small>{escape(first.runtime)}</small>",
+                _figure(row.get("picture")),
+                _figure(row.get("source_picture")),
+                decibel(row.get("trajectory")).replace("-", "–"),
+                _status(row_status(row)),
+            ]
+        )
+    if not rows:
+        return ""
+    header = ["Pipeline", "Picture PSNR", "Source", "Latents, worst step", "Verdict"]
+    return f'<h2>Whole pipeline</h2><div class="card">{_table(header, rows, wide=(3,))}</div>'
+
+
+def _latency(report: Report) -> str:
+    rows = [
+        [
+            f"{escape(row.component)}<small>{escape(row.runtime)}</small>",
+            f"{row.median_ms:.1f} ms",
+            f"{row.p90_ms:.1f} ms",
+            f"{row.min_ms:.1f} ms",
+            f"{row.load_ms:.0f} ms",
+            str(row.repeats),
+        ]
+        for row in report.latency
+    ]
+    if not rows:
+        return ""
+    table = _table(["Component", "Median", "p90", "Min", "Load", "Repeats"], rows, wide=(3, 5))
+    note = '<p class="soft">One call on the machine named below; measured, not gated.</p>'
+    return f'<h2>Latency</h2><div class="card">{table}{note}</div>'
+
+
+def _all_checks(report: Report) -> str:
+    rows = [
+        [
+            f"{escape(check.component)}<small>{escape(check.runtime)}</small>",
+            escape(check.kind.replace("_", " ")),
+            _status(check.status) + ("" if check.gated else "<small>no gate</small>"),
+            escape(check.reason),
+        ]
+        for check in report.checks
+    ]
+    table = _table(["Where", "Check", "Verdict", "Why"], rows)
+    label = f"All {len(rows)} checks"
+    return f'<h2>Details</h2><details class="card"><summary>{label}</summary>{table}</details>'
+
+
+def _environment(report: Report) -> str:
+    here = report.environment
+    facts = {
+        "CPU": f"{here.cpu}, {here.cores} cores ({here.machine})",
+        "CPU features": ", ".join(here.cpu_flags) or "none of those that matter",
+        "System": here.system,
+        "Threads": ", ".join(f"{k}={v}" for k, v in here.threads.items()) or "each library's own",
+        "Libraries": ", ".join(f"{k} {v}" for k, v in here.libraries.items()),
+        "Python": here.python,
+        "Manifest": report.manifest_sha256,
+    }
+    items = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
+    return f'<h2>Where this was measured</h2><div class="card"><dl>{items}</dl></div>'

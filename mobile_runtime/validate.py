@@ -1,0 +1,211 @@
+"""Does a bundle compute what PyTorch computes? Checks the final files and writes the report.
+
+Every component runs its golden inputs in the target's runtime and is held against two references:
+the torch module after the stages ('same function', which gates the conversion) and the fp32
+pipeline before them ('source', which gates the recipe). Then the whole pipeline runs the golden
+prompts from their stored noise.
+
+Core ML runs on Macs alone. Elsewhere the reference interpreter of ML programs runs the saved
+package: in float32 (is the program right?) and, where the package computes in float16, in float16
+too (is it right in the arithmetic that a phone uses?), each with its own gate. The pipeline runs
+in the package's own arithmetic. Core ML itself is then told as not run.
+"""
+
+import argparse
+import datetime
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from mobile_runtime import backends
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.checks import Runtime, Step, check_component
+from mobile_runtime.errors import UserError, choices
+from mobile_runtime.latency import Latency, environment
+from mobile_runtime.pipeline_checks import check_pipeline
+from mobile_runtime.report import (
+    PIPELINE,
+    Check,
+    Report,
+    conclude,
+    format_table,
+    write_report,
+)
+
+DEFAULT_REPEATS = 5
+# A bar for what takes longer than this; nothing flashes by before.
+PROGRESS_AFTER_S = 2.0
+
+
+def runtimes(bundle: Bundle, backend: str | None = None) -> list[Runtime]:
+    """What the bundle's models are run in; the last one runs the whole pipeline, too.
+
+    backend: None takes the target's own. Raises UserError for an unknown one.
+    """
+    arithmetic = bundle.manifest.arithmetic
+    name = backends.default_backend(bundle.manifest.target) if backend is None else backend
+    # The others read no bundle: torch opens a diffusers folder.
+    if name not in backends.FORMATS:
+        raise choices("backend", name, list(backends.FORMATS))
+    if name != "mil":
+        return [Runtime(name, arithmetic)]
+    kinds: tuple[Literal["float32", "float16"], ...] = ("float32",)
+    if arithmetic == "float16":
+        kinds = ("float32", "float16")
+    return [Runtime(name, kind, {"arithmetic": kind}) for kind in kinds]
+
+
+def validate(
+    bundle: Bundle,
+    *,
+    backend: str | None = None,
+    prompts: int | None = None,
+    repeats: int = DEFAULT_REPEATS,
+    progress: bool = True,
+) -> Report:
+    """Check an opened bundle. Writes nothing; see `report.write_report`.
+
+    backend: None takes the target's own. prompts: only the first so many golden prompts; the
+    report tells how many were left out. repeats: timed calls of each component, 0 for none.
+    Raises UserError for an unknown backend. A backend that is not available here, and a model
+    that does not run, are told in the report, whose verdict is then not 'pass'.
+    """
+    manifest = bundle.manifest
+    chosen = runtimes(bundle, backend)
+    wanted = list(range(len(manifest.golden.prompts)))[:prompts]
+    checks: list[Check] = []
+    latency: list[Latency] = []
+    with _bar(_count_steps(bundle, chosen, wanted, repeats), progress) as step:
+        for entry in manifest.components:
+            for runtime in chosen:
+                # An interpreter's time says nothing about a device.
+                timed = 0 if runtime.backend == "mil" else repeats
+                found, times = check_component(
+                    bundle, entry.name, runtime, repeats=timed, step=step
+                )
+                checks += found
+                latency += [times] if times else []
+        found, pictures = check_pipeline(bundle, chosen[-1], wanted, step=step)
+        checks += found
+    checks += _not_run(bundle, chosen, left_out=len(manifest.golden.prompts) - len(wanted))
+    verdict, summary = conclude(tuple(checks))
+    return Report(
+        verdict=verdict,
+        summary=summary,
+        bundle=manifest.name,
+        target=manifest.target,
+        manifest_sha256=bundle.manifest_sha256,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        environment=environment(),
+        checks=tuple(checks),
+        latency=tuple(latency),
+        pictures=tuple(pictures),
+    )
+
+
+def _not_run(bundle: Bundle, chosen: list[Runtime], left_out: int) -> list[Check]:
+    """What was not run and does not decide the verdict: told, so that nobody takes it as done."""
+
+    def tell(component: str, runtime: str, reason: str) -> Check:
+        return Check(
+            kind="elsewhere",
+            component=component,
+            runtime=runtime,
+            status="not_run",
+            gated=False,
+            reason=reason,
+        )
+
+    checks = []
+    if left_out:
+        reason = f"{left_out} of {len(bundle.manifest.golden.prompts)} golden prompts left out"
+        checks.append(tell(PIPELINE, chosen[-1].label, reason))
+    if bundle.manifest.target == "coreml" and all(r.backend != "coreml" for r in chosen):
+        on_mac = sys.platform == "darwin"
+        reason = "another backend was asked for" if on_mac else "Core ML needs a Mac"
+        checks.append(tell("every model", "coreml", reason))
+    return checks
+
+
+def _count_steps(bundle: Bundle, chosen: list[Runtime], prompts: list[int], repeats: int) -> int:
+    """How many times the checks tell a step, if all goes well."""
+    golden = bundle.manifest.golden
+    per_model = sum(2 + (golden.cases.get(e.name) or 0) for e in bundle.manifest.components)
+    timed = sum(r.backend != "mil" and repeats > 0 for r in chosen) * len(
+        bundle.manifest.components
+    )
+    return per_model * len(chosen) + timed + 1 + sum(1 + golden.prompts[k].steps for k in prompts)
+
+
+@contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Step]:
+    """A progress bar on stderr that names what is being run."""
+    with tqdm(
+        total=total, disable=not progress, delay=PROGRESS_AFTER_S, leave=False, unit="run"
+    ) as bar:
+
+        def step(text: str) -> None:
+            bar.update()
+            bar.set_description(text, refresh=False)
+
+        yield step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `python -m mobile_runtime validate`."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument(
+        "--backend", metavar="NAME", help="one of mobile_runtime's (default: the target's own)"
+    )
+    parser.add_argument(
+        "--prompts", type=_positive, metavar="N", help="only the first N golden prompts"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where report.json and report.html go (default: into the bundle)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=_count,
+        default=DEFAULT_REPEATS,
+        metavar="N",
+        help=f"timed calls of each component, 0 for none (default: {DEFAULT_REPEATS})",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _count(text) == 0:
+        raise argparse.ArgumentTypeError("take at least one")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Validate, write the report, print it. Returns 0 if the verdict is 'pass', else 1.
+
+    Raises UserError where nothing could be run at all, a missing library say; nothing is written
+    then, so that an earlier report stays.
+    """
+    bundle = Bundle.open(args.bundle)
+    report = validate(bundle, backend=args.backend, prompts=args.prompts, repeats=args.repeats)
+    models = [check for check in report.checks if check.kind == "outputs"]
+    if all(check.status == "not_run" for check in models):
+        raise UserError(models[0].reason if models else f"{bundle.path} holds nothing to check")
+    _, html = write_report(report, args.output or bundle.path)
+    if args.json:
+        print(report.model_dump_json(indent=1, exclude={"pictures"}))
+    else:
+        print(f"{format_table(report)}\nreport: {html}")
+    return 0 if report.verdict == "pass" else 1
