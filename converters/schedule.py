@@ -9,6 +9,7 @@ are the variance-preserving pair of a timestep; `_next` is the timestep that the
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,14 +73,20 @@ def _prepare(scheduler: Any, steps: int) -> Prepared:
     name = type(scheduler).__name__
     ready = copy.deepcopy(scheduler)
     try:
-        ready.set_timesteps(steps)
+        with warnings.catch_warnings():
+            # diffusers 0.39 makes numpy arrays of tensors in a way that numpy 2 deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            ready.set_timesteps(steps)
     except ValueError as error:
         raise UserError(f"{name} cannot make {steps} steps: {error}") from error
     timesteps = ready.timesteps.double().numpy()
-    if len(timesteps) != steps or timesteps.min() < 0 or (np.diff(timesteps) >= 0).any():
+    falls = np.diff(timesteps) <= 0
+    # diffusers looks the first timestep up by its value, so that one has to be unique.
+    first_is_unique = timesteps[0] not in timesteps[1:]
+    if len(timesteps) != steps or timesteps.min() < 0 or not (falls.all() and first_is_unique):
         raise UserError(
-            f"{name} makes the timesteps {timesteps.tolist()} for {steps} steps, which do not fall "
-            "one by one; choose another timestep_spacing or number of steps"
+            f"{name} makes the timesteps {timesteps.tolist()} for {steps} steps, which cannot be "
+            "followed; choose another timestep_spacing or number of steps"
         )
     return Prepared(
         ready, timesteps, ready.alphas_cumprod.double().numpy(), str(ready.config.prediction_type)
