@@ -1,0 +1,542 @@
+"""A recipe's types, and the loader. Strict: every fault is found, and all are told at once.
+
+A recipe file is YAML: first a comment with its purpose and the exact command, then the keys of
+`Recipe`. What the command line changes passes through the same types.
+"""
+
+import copy
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mobile_runtime.errors import UserError
+from mobile_runtime.manifest import ComponentName
+
+FOLDER = Path(__file__).parent
+RANDOM_ARCHITECTURES = ("sd_turbo", "sd21", "sd15")
+MAX_RECIPE_BYTES = 1_000_000
+
+Activations = Literal["none", "int8_dynamic", "int8_static"]
+SchedulerName = Literal[
+    "ddim", "euler", "euler_ancestral", "lcm", "dpm_solver_pp_2m", "ddpm", "source"
+]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Side = Annotated[int, Field(ge=8, le=8192)]
+
+
+class RecipeError(UserError):
+    """A recipe with faults; `faults` holds one sentence for each."""
+
+    def __init__(self, where: str, faults: list[str]) -> None:
+        self.faults = faults
+        if len(faults) == 1:
+            super().__init__(f"{where}: {faults[0]}")
+        else:
+            told = "".join(f"\n  - {fault}" for fault in faults)
+            super().__init__(f"{where} has {len(faults)} faults:{told}")
+
+
+class Strict(BaseModel):
+    """A part of a recipe: unknown keys and values of another type are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Source(Strict):
+    """Where the pipeline comes from."""
+
+    model: str = Field(min_length=1, description="hub id, folder, file, embedded or random:ARCH")
+    revision: str | None = Field(
+        default=None, min_length=1, description="of a hub id: branch, tag, commit"
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _known_architecture(cls, model: str) -> str:
+        kind, _, architecture = model.partition(":")
+        if kind == "random" and architecture not in RANDOM_ARCHITECTURES:
+            raise ValueError(
+                f"unknown architecture {architecture!r}; choose one of: "
+                + ", ".join(f"random:{name}" for name in RANDOM_ARCHITECTURES)
+            )
+        return model
+
+    def faults(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        has_none = self.model == "embedded" or self.model.startswith("random:")
+        if self.revision is not None and has_none:
+            return [f"revision: goes with a hub id, and {self.model} has none; remove it"]
+        return []
+
+
+class Schedule(Strict):
+    """The sampler that is compiled into the bundle's tables."""
+
+    scheduler: SchedulerName = Field(default="source", description="source: the pipeline's own")
+    steps: Steps = Field(default=25, description="the default number of steps")
+    other_steps: tuple[Steps, ...] = Field(
+        default=(), strict=False, description="further numbers of steps that get a table"
+    )
+    guidance_scale: float = Field(
+        default=7.5, ge=0, le=100, description="1 or less: no guidance, one UNet call a step"
+    )
+
+    @property
+    def every_steps(self) -> tuple[int, ...]:
+        """Each number of steps that gets a table, the default one first."""
+        return tuple(dict.fromkeys((self.steps, *self.other_steps)))
+
+    def faults(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        if len(set(self.other_steps)) < len(self.other_steps):
+            return ["other_steps: repeats a number; list each number once"]
+        return []
+
+
+class Rule(Strict):
+    """What happens to the layers that match; of several rules that match, the last one wins."""
+
+    layers: str = Field(min_length=1, description="glob on module paths, e.g. unet.conv_in")
+    weights: Literal["int8", "float32"]
+    activations: Activations | None = Field(default=None, description="None: as the stage says")
+    reason: str = Field(min_length=1)
+
+    def faults(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        if self.weights == "float32" and self.activations not in (None, "none"):
+            return [
+                f"activations: {self.activations} needs weights int8; no target multiplies "
+                "integer activations by float weights"
+            ]
+        return []
+
+
+class QuantizeSettings(Strict):
+    """INT8 weights, symmetric per output channel."""
+
+    weights: Literal["int8"] = "int8"
+    activations: Activations = "none"
+    components: tuple[ComponentName, ...] = Field(
+        default=("text_encoder", "unet", "vae_decoder"), strict=False, min_length=1
+    )
+    embedding_min_saving: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="an embedding is quantized if that saves this share of its component's bytes",
+    )
+    rules: tuple[Rule, ...] = Field(default=(), strict=False)
+
+    def faults(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        found = []
+        for index, rule in enumerate(self.rules):
+            found += [f"rules.{index}.{fault}" for fault in rule.faults()]
+            head = rule.layers.split(".")[0]
+            if not set(head) & set("*?[") and head not in self.components:
+                found.append(
+                    f"rules.{index}.layers: {rule.layers!r} begins with {head!r}, which is none of "
+                    f"the stage's components ({', '.join(self.components)})"
+                    + _did_you_mean(head, list(self.components))
+                )
+        return found
+
+
+class Stage(Strict):
+    """One stage: a mapping with one key, the stage's name (see the table in stages.py)."""
+
+    quantize: QuantizeSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_key(self) -> "Stage":
+        if len(self.model_fields_set) != 1 or self.settings is None:
+            raise ValueError(
+                f"a stage is a mapping with one key, of: {', '.join(type(self).model_fields)}"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return next(iter(self.model_fields_set))
+
+    @property
+    def settings(self) -> Any:
+        """The stage's settings, of the type that this class names for it."""
+        return getattr(self, self.name)
+
+
+class GateOverrides(Strict):
+    """Figures that replace a target's own gates; null switches one off (manifest.Gates)."""
+
+    component_snr_db: float | None = None
+    layer_snr_db: float | None = None
+    picture_psnr_db: float | None = None
+    source_component_snr_db: float | None = None
+    source_picture_psnr_db: float | None = None
+
+
+class CoreMLOptions(Strict):
+    """What only the Core ML converter reads."""
+
+    deployment_target: Literal["iOS16", "iOS17", "iOS18"] = "iOS17"
+
+
+class OnnxOptions(Strict):
+    """What only the ONNX converter reads."""
+
+    opset: int = Field(default=18, ge=18, le=24)
+    ort_format: bool = Field(
+        default=False, description="also .ort files, and the operators they need"
+    )
+
+
+class ExecuTorchOptions(Strict):
+    """What only the ExecuTorch converter reads: nothing yet."""
+
+
+class Targets(Strict):
+    """Options that one target alone has."""
+
+    coreml: CoreMLOptions = CoreMLOptions()
+    onnx: OnnxOptions = OnnxOptions()
+    executorch: ExecuTorchOptions = ExecuTorchOptions()
+
+
+def _pair(value: Any) -> Any:
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or not all(type(side) is int for side in sides):
+        raise ValueError(f"{value!r} should be a whole number of pixels, or [height, width]")
+    return tuple(sides)
+
+
+Resolution = Annotated[
+    tuple[Side, Side],
+    BeforeValidator(_pair),
+    PlainSerializer(lambda pair: pair[0] if pair[0] == pair[1] else list(pair)),
+]
+
+
+class Recipe(Strict):
+    """How one pipeline becomes a bundle."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    source: Source
+    resolution: Resolution = Field(description="picture side in pixels, or [height, width]")
+    schedule: Schedule = Schedule()
+    components: tuple[ComponentName, ...] = Field(
+        default=("text_encoder", "unet", "vae_decoder"), strict=False, min_length=1
+    )
+    stages: tuple[Stage, ...] = Field(default=(), strict=False)
+    precision: Literal["float32", "float16"] = Field(
+        default="float32", description="what the target computes in, where it has a choice"
+    )
+    gates: GateOverrides = GateOverrides()
+    targets: Targets = Targets()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Recipe":
+        faults = [f"source.{fault}" for fault in self.source.faults()]
+        faults += [f"schedule.{fault}" for fault in self.schedule.faults()]
+        if len(set(self.components)) < len(self.components):
+            faults.append("components: names one twice; list each component once")
+        names = [stage.name for stage in self.stages]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            faults.append(f"stages: {name} is listed twice; merge its settings")
+        for index, stage in enumerate(self.stages):
+            key = f"stages.{index}.{stage.name}"
+            faults += [f"{key}.{fault}" for fault in stage.settings.faults()]
+            quantized = stage.quantize.components if stage.quantize else ()
+            faults += [
+                f"{key}.components: {component} is not among the recipe's "
+                f"components ({', '.join(self.components)}); add it there or remove it here"
+                for component in quantized
+                if component not in self.components
+            ]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @property
+    def height(self) -> int:
+        """The picture's height in pixels."""
+        return self.resolution[0]
+
+    @property
+    def width(self) -> int:
+        """The picture's width in pixels."""
+        return self.resolution[1]
+
+    @property
+    def guided(self) -> bool:
+        """Whether each step calls the UNet on a pair: [negative prompt, prompt]."""
+        return self.schedule.guidance_scale > 1
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole recipe with its defaults, as plain data that loads back to an equal recipe."""
+        data = self.model_dump(mode="json")
+        data["gates"] = self.gates.model_dump(exclude_unset=True)
+        data["stages"] = [
+            {stage.name: stage.settings.model_dump(mode="json")} for stage in self.stages
+        ]
+        return data
+
+    def to_yaml(self) -> str:
+        """`resolved()` as YAML."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without duplicate keys and without aliases (which can grow without bound)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not allowed", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                problem = f"the key {key!r} is not text; put it in quotes"
+            elif key in keys:
+                problem = f"the key {key!r} appears twice"
+            else:
+                keys.add(key)
+                continue
+            raise yaml.MarkedYAMLError(None, None, problem, key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse one YAML document; RecipeError with the line where it is not valid."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise RecipeError(where, [f"not valid YAML: {error.problem}{line}"]) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(where, [f"not valid YAML: {error}"]) from None
+
+
+def names() -> list[str]:
+    """The recipes that the package ships."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def find(name_or_path: str) -> Path:
+    """The file of a recipe: a shipped one by its name, or any by its path."""
+    if name_or_path in names():
+        return FOLDER / f"{name_or_path}.yaml"
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.name != name_or_path:
+        if not path.is_file():
+            raise UserError(f"there is no recipe file {path}; `python -m recipes list` shows names")
+        return path
+    hint = _did_you_mean(name_or_path, names())
+    raise UserError(
+        f"unknown recipe {name_or_path!r}{hint}; choose one of: {', '.join(names())}, "
+        "or give the path of a .yaml file"
+    )
+
+
+def purpose(path: Path) -> str:
+    """The first line of a recipe file's opening comment."""
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def load(name_or_path: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Load a recipe by name or path and check it with the overrides applied.
+
+    overrides: dotted keys to values, e.g. {"schedule.steps": 4, "source.model": "embedded",
+    "stages.quantize.activations": "int8_dynamic"}. Raises RecipeError with every fault.
+    """
+    path = find(name_or_path)
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise UserError(f"{path} has more than {MAX_RECIPE_BYTES} bytes; is it a recipe?")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(path), [f"not UTF-8 text: {error}"]) from None
+    return parse(parse_yaml(text, str(path)), overrides or {}, where=f"recipe {name_or_path}")
+
+
+def parse(data: Any, overrides: dict[str, Any] | None = None, where: str = "recipe") -> Recipe:
+    """Check plain data (as YAML gives it) with overrides applied; RecipeError with every fault."""
+    if not isinstance(data, dict):
+        raise RecipeError(where, ["a recipe is a mapping of keys, e.g. `name: my_recipe`"])
+    data = copy.deepcopy(data)
+    faults = []
+    overrides = overrides or {}
+    if "source.model" in overrides and isinstance(data.get("source"), dict):
+        # A revision belongs to the model that it was written for.
+        data["source"].pop("revision", None)
+    for key, value in overrides.items():
+        fault = _override(data, key, value)
+        if fault:
+            faults.append(fault)
+    recipe, more = _validate(data)
+    if faults or more or recipe is None:
+        raise RecipeError(where, faults + more)
+    return recipe
+
+
+def _override(data: dict[str, Any], dotted: str, value: Any) -> str | None:
+    """Set one dotted key; inside a list a part is an index or the key of a one-key mapping."""
+    here: Any = data
+    parts = dotted.split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        place: Any = part
+        if isinstance(here, list):
+            keyed = [i for i, item in enumerate(here) if isinstance(item, dict) and part in item]
+            if part.isdigit() and int(part) < len(here):
+                place = int(part)
+            elif len(keyed) == 1 and not last:
+                here, place = here[keyed[0]], part
+            else:
+                known = [str(key) for item in here if isinstance(item, dict) for key in item]
+                return f"{dotted}: the list has no entry {part!r}" + _did_you_mean(part, known)
+        elif not isinstance(here, dict):
+            return f"{dotted}: {'.'.join(parts[:depth])} is a single value and has no keys"
+        if last:
+            here[place] = value
+        elif isinstance(here, dict) and (place not in here or here[place] is None):
+            here[place] = {}
+        here = here[place]
+    return None
+
+
+# Stand in for a faulty value that has no default, so that the search for faults can go on.
+_STAND_INS = {
+    "name": "recipe",
+    "source": {"model": "embedded"},
+    "model": "embedded",
+    "resolution": 512,
+    "layers": "*",
+    "weights": "int8",
+    "reason": "none",
+}
+
+
+def _validate(data: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """Check single values first, then, with the faulty ones set aside, what must fit together."""
+    faults: list[str] = []
+    aside: list[tuple[Any, ...]] = []
+    while True:
+        try:
+            return Recipe.model_validate(data), faults
+        except ValidationError as error:
+            problems = error.errors(include_url=False)
+        changed = False
+        for problem in problems:
+            location = problem["loc"]
+            # What fails only because a part of it was set aside is no fault of its own.
+            if not location or not any(known[: len(location)] == location for known in aside):
+                faults += _sentences(problem)
+            changed |= _set_aside(data, location)
+            aside.append(location)
+        if not changed:
+            return None, faults
+
+
+def _set_aside(data: Any, location: tuple[Any, ...]) -> bool:
+    """Remove a faulty value, or put a stand-in there; whether anything changed."""
+    # Taking one item out of a list would renumber the others.
+    while location and isinstance(location[-1], int):
+        location = location[:-1]
+    if not location:
+        return False
+    for part in location[:-1]:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return False  # an earlier problem has removed it
+    key = location[-1]
+    if not isinstance(data, dict):
+        return False
+    if key in _STAND_INS and data.get(key) != _STAND_INS[key]:
+        data[key] = copy.deepcopy(_STAND_INS[key])
+    elif key in data:
+        del data[key]
+    else:
+        return False
+    return True
+
+
+_PLAIN_WORDS = {
+    "model_type": "should be a mapping of keys",
+    "tuple_type": "should be a list",
+    "string_type": "should be text",
+    "string_pattern_mismatch": "should be letters, digits, '.', '_' and '-'",
+    "string_too_short": "should not be empty",
+    "int_type": "should be a whole number",
+    "float_type": "should be a number",
+    "bool_type": "should be true or false",
+}
+
+
+def _sentences(problem: Any) -> list[str]:
+    """One problem that pydantic found, as sentences with the dotted key in front."""
+    dotted = ".".join(str(part) for part in problem["loc"])
+    kind, given = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        model = _model_at(problem["loc"][:-1])
+        known = list(model.model_fields) if model else []
+        hint = _did_you_mean(str(problem["loc"][-1]), known) or f"; known: {', '.join(known)}"
+        return [f"{dotted}: unknown key{hint}"]
+    if kind == "missing":
+        return [f"{dotted}: is missing"]
+    if kind == "value_error":
+        told = str(problem["ctx"]["error"]).split("\n")
+        return [f"{dotted}: {line}" if dotted else line for line in told]
+    if kind == "literal_error":
+        known = _literals(problem)
+        return [
+            f"{dotted}: {given!r} is not one of: {problem['ctx']['expected']}"
+            + (_did_you_mean(given, known) if isinstance(given, str) else "")
+        ]
+    message = _PLAIN_WORDS.get(kind, problem["msg"].removeprefix("Input "))
+    return [f"{dotted}: {given!r} {message}"]
+
+
+def _literals(problem: Any) -> list[str]:
+    return [word for word in problem["ctx"]["expected"].split("'") if word.strip(" ,or")]
+
+
+def _model_at(location: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The recipe type that lies at a location of a validation error."""
+    model: type[BaseModel] | None = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if model else None
+        model = _model_in(field.annotation) if field else None
+    return model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
+
+
+def _did_you_mean(given: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
