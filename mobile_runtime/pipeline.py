@@ -40,6 +40,8 @@ class Result:
     picture: np.ndarray  # (H, W, 3) uint8
     latents: np.ndarray  # (1, C, h, w) float32, not yet divided by the scaling factor
     trajectory: np.ndarray  # (n + 1, C, h, w) float32: the scaled noise, then after each step
+    noise: np.ndarray  # (1, C, h, w) float32, unit normal
+    fresh_noise: np.ndarray | None  # (n, C, h, w) float32, where the schedule takes any
     prompt_embeds: np.ndarray  # (2, L, D) [negative, prompt] with guidance, else (1, L, D)
     timings_ms: dict[str, float]  # by component, summed over its calls, and "total"
 
@@ -203,6 +205,8 @@ class Pipeline:
             picture=picture,
             latents=latents,
             trajectory=np.concatenate(trajectory),
+            noise=noise,
+            fresh_noise=stored if fresh else None,
             prompt_embeds=embeds,
             timings_ms=dict(self.timings_ms),
         )
