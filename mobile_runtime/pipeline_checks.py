@@ -27,6 +27,12 @@ from mobile_runtime.report import PIPELINE, Check, Kind, Pictures
 NOISE_SNR_DB = 120.0
 
 
+# The checks that each golden prompt gets, once the pipeline runs.
+PROMPT_KINDS: tuple[Kind, ...] = (
+    *("tokens", "noise", "outputs", "trajectory", "picture", "source_picture"),
+)
+
+
 def check_pipeline(
     bundle: Bundle, runtime: Runtime, prompts: Sequence[int], *, step: Step
 ) -> tuple[list[Check], list[Pictures]]:

@@ -1,0 +1,140 @@
+"""A bundle's parity checks as tests, for a continuous integration of your own.
+
+    pytest -p mobile_runtime.pytest_plugin --bundle=build/pocket_int8.onnx
+
+runs, and shows as one test each, what `python -m mobile_runtime validate` checks: for every
+component its outputs' form, both references, two runs on the same input, and the prompt's effect;
+for every golden prompt the tokens, the noise, the latents and the picture. With onnxruntime by
+default for an ONNX bundle; `--bundle-backend` names another. Your own tests run beside them if you
+name them:
+
+    pytest -p mobile_runtime.pytest_plugin --bundle=build/pocket_int8.onnx tests
+
+A gated check that fails, or that could not run, is a failed test. A figure that has no gate is
+skipped with the figure as its reason. Each model runs once, when the first of its tests needs it.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mobile_runtime.bundle import MANIFEST, Bundle
+from mobile_runtime.checks import Runtime, check_component, component_kinds
+from mobile_runtime.errors import PocketError
+from mobile_runtime.manifest import ComponentName
+from mobile_runtime.pipeline_checks import PROMPT_KINDS, check_pipeline
+from mobile_runtime.report import Check, Kind
+from mobile_runtime.validate import runtimes
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --bundle and --bundle-backend."""
+    group = parser.getgroup("mobile_runtime")
+    group.addoption("--bundle", metavar="DIR", help="check the parity of this bundle")
+    group.addoption(
+        "--bundle-backend", metavar="NAME", help="its runtime (default: the target's own)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect the bundle: alone, or after the tests that were named."""
+    folder = config.getoption("--bundle")
+    if folder is None:
+        return
+    manifest = Path(folder, MANIFEST)
+    if not manifest.is_file():
+        raise pytest.UsageError(f"--bundle: {folder} is not a bundle: it has no {MANIFEST}")
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    config.args = [*(config.args if named else []), str(manifest.absolute())]
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "BundleFile | None":
+    """Collect the manifest that --bundle names, and no other."""
+    folder = parent.config.getoption("--bundle")
+    if folder is None or file_path.resolve() != Path(folder, MANIFEST).resolve():
+        return None
+    return BundleFile.from_parent(parent, path=file_path)
+
+
+class BundleFile(pytest.File):
+    """A bundle's manifest: it yields one test a check."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        """The tests, known from the manifest alone; nothing runs yet."""
+        try:
+            bundle = Bundle.open(self.path.parent)
+            chosen = runtimes(bundle, self.config.getoption("--bundle-backend"))
+        except PocketError as error:
+            raise self.CollectError(str(error)) from error
+        for entry in bundle.manifest.components:
+            for runtime in chosen:
+                group = CheckGroup(_component(bundle, entry.name, runtime))
+                for kind in component_kinds(bundle, entry.name):
+                    name = f"{entry.name}_{kind}[{runtime.label}]"
+                    yield CheckItem.from_parent(self, name=name, group=group, kind=kind)
+        prompts = range(len(bundle.manifest.golden.prompts))
+        group = CheckGroup(lambda: check_pipeline(bundle, chosen[-1], prompts, step=_quiet)[0])
+        for prompt in prompts:
+            for kind in PROMPT_KINDS:
+                name = f"pipeline_{kind}[{chosen[-1].label}-prompt{prompt}]"
+                yield CheckItem.from_parent(self, name=name, group=group, kind=kind, prompt=prompt)
+
+
+def _quiet(text: str) -> None:
+    """pytest tells the progress."""
+
+
+def _component(bundle: Bundle, name: ComponentName, runtime: Runtime) -> Callable[[], list[Check]]:
+    return lambda: check_component(bundle, name, runtime, repeats=0, step=_quiet)[0]
+
+
+class CheckGroup:
+    """The checks that one run gives; the run happens when the first of them is asked for."""
+
+    def __init__(self, run: Callable[[], list[Check]]) -> None:
+        self._run = run
+        self._checks: list[Check] | None = None
+
+    def find(self, kind: Kind, prompt: int | None) -> Check:
+        """The check of a kind; where nothing could be run, the check that says so."""
+        if self._checks is None:
+            self._checks = self._run()
+        mine = [check for check in self._checks if check.prompt in (prompt, None)]
+        broken = [check for check in mine if check.kind == "outputs" and check.status != "pass"]
+        return ([check for check in mine if check.kind == kind] or broken)[0]
+
+
+class CheckFailedError(Exception):
+    """A gated check that did not pass; its message is the check's reason."""
+
+
+class CheckItem(pytest.Item):
+    """One check as a test."""
+
+    def __init__(
+        self, *, group: CheckGroup, kind: Kind, prompt: int | None = None, **values: Any
+    ) -> None:
+        super().__init__(**values)
+        self.group = group
+        self.kind = kind
+        self.prompt = prompt
+
+    def runtest(self) -> None:
+        """Pass, skip what has no gate, or fail."""
+        check = self.group.find(self.kind, self.prompt)
+        if check.status == "not_gated":
+            pytest.skip(f"measured, not gated: {check.reason}")
+        if check.status != "pass":
+            raise CheckFailedError(f"{check.status}: {check.reason}")
+
+    def repr_failure(self, excinfo: Any, style: Any = None) -> Any:
+        """The reason alone: a traceback through this file would tell nothing."""
+        if isinstance(excinfo.value, CheckFailedError):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        """Where the test comes from, and its name."""
+        return self.path, None, self.name
