@@ -273,3 +273,23 @@ SUPPORTED: dict[str, tuple[Callable[[Prepared], list[ScheduleRow]], dict[str, An
     ),
     "LCMScheduler": (_lcm, {}),
 }
+
+
+# A recipe's name for a scheduler, and the diffusers class that is compiled for it.
+CLASSES = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "dpm_solver_pp_2m": "DPMSolverMultistepScheduler",
+    "ddpm": "DDPMScheduler",
+}
+
+
+def choose_scheduler(own: Any, name: str) -> Any:
+    """The recipe's scheduler with the noise schedule of the pipeline's own; 'source' keeps that."""
+    if name == "source":
+        return own
+    import diffusers
+
+    return getattr(diffusers, CLASSES[name]).from_config(own.config)

@@ -182,6 +182,7 @@ class GateOverrides(Strict):
     """Figures that replace a target's own gates; null switches one off (manifest.Gates)."""
 
     component_snr_db: float | None = None
+    float16_snr_db: float | None = None
     layer_snr_db: float | None = None
     picture_psnr_db: float | None = None
     source_component_snr_db: float | None = None

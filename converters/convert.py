@@ -1,0 +1,284 @@
+"""The whole story: a recipe and a target in, a bundle out."""
+
+import gc
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters import components, golden, rewrites, support
+from converters.components import Component
+from converters.progress import Progress
+from converters.schedule import choose_scheduler, compile_schedule
+from converters.source import check_resolution, open_source
+from mobile_runtime.bundle import Bundle, BundleWriter
+from mobile_runtime.manifest import (
+    ComponentEntry,
+    Generation,
+    GoldenPrompt,
+    LayerPlan,
+    Manifest,
+    ScheduleTable,
+    Target,
+    TokenizerFiles,
+)
+from mobile_runtime.pipeline import Pipeline
+from mobile_runtime.tokenizer import ClipTokenizer
+from recipes import stages
+from recipes.schema import Recipe
+
+TARGET_MODULES: dict[Target, str] = {
+    "coreml": "converters.coreml",
+    "onnx": "converters.onnx",
+    "executorch": "converters.executorch",
+}
+TOOLS = [
+    "pocket-diffusion",
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "coremltools",
+    "executorch",
+    "torchao",
+]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to convert: a checked recipe, a target, and where the bundle goes."""
+
+    recipe: Recipe
+    target: Target
+    output: Path
+    force: bool = False
+    save_pipeline: Path | None = None
+
+
+def convert(request: Request, progress: Progress) -> Bundle:
+    """Make the bundle. Validation is the caller's next step (`mobile_runtime.validate`).
+
+    Raises UserError before any heavy work for what the target, the source or the output cannot do;
+    whatever happens, nothing half made is left at the output.
+    """
+    scheme = support.scheme_for(request.target, request.recipe)
+    recipe = support.adapt(request.recipe, scheme)
+    target = target_module(request.target)
+    BundleWriter.check_free(request.output, request.force)
+
+    progress(f"open {recipe.source.model}")
+    source = open_source(recipe.source.model, recipe.source.revision)
+    pipeline = source.pipeline
+    check_resolution(pipeline, recipe.height, recipe.width)
+    pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
+    generation, schedules = compile_generation(pipeline, recipe)
+    stages.check(pipeline, recipe)
+
+    with BundleWriter(request.output, request.force) as writer:
+        tokenizer = write_tokenizer(pipeline, writer.path)
+        make_pipeline = _pipeline_maker(tokenizer, writer.path, generation, schedules)
+        built = build_components(pipeline, recipe)
+        cases = golden.record_source(built, make_pipeline, _golden_prompts(recipe), progress)
+
+        progress("stages: " + (", ".join(stage.name for stage in recipe.stages) or "none"))
+        pipeline, records, plans = stages.apply(pipeline, recipe)
+        if request.save_pipeline:
+            stages.save(pipeline, plans, request.save_pipeline)
+        built = build_components(pipeline, recipe)
+        vectors = golden.write(cases, built, make_pipeline, writer.path, progress)
+
+        target.write_extras(pipeline, writer.path, recipe.components)
+        entries = []
+        source.pipeline = pipeline = None  # from here on each component is freed when it is done
+        for name in recipe.components:
+            inputs = cases.inputs[name]
+            entries.append(
+                _lower(target, built.pop(name), inputs, recipe, scheme, plans, writer, progress)
+            )
+            gc.collect()
+
+        progress("write the bundle")
+        return writer.commit(
+            Manifest(
+                name=recipe.name,
+                target=request.target,
+                arithmetic=scheme.arithmetic,
+                tool_versions=tool_versions(),
+                source=source.info,
+                recipe=recipe.resolved(),
+                stages=tuple(records),
+                notes=tuple(note for note in (scheme.note,) if note),
+                components=tuple(entries),
+                tokenizer=tokenizer,
+                generation=generation,
+                schedules=schedules,
+                quantization=tuple(plans),
+                golden=vectors,
+                gates=support.gates(recipe, scheme),
+                files=writer.hash_files(),
+            )
+        )
+
+
+def target_module(target: Target) -> Any:
+    """The module of a target: REWRITES, lower(), options(), write_extras(), check_layers()."""
+    return importlib.import_module(TARGET_MODULES[target])
+
+
+def compile_generation(
+    pipeline: Any, recipe: Recipe
+) -> tuple[Generation, tuple[ScheduleTable, ...]]:
+    """The manifest's sizes and defaults, and a schedule table for each number of steps."""
+    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    generation = Generation(
+        latent_channels=pipeline.unet.config.in_channels,
+        latent_height=recipe.height // factor,
+        latent_width=recipe.width // factor,
+        height=recipe.height,
+        width=recipe.width,
+        scaling_factor=pipeline.vae.config.scaling_factor,
+        guidance_scale=recipe.schedule.guidance_scale,
+        default_steps=recipe.schedule.steps,
+    )
+    every = (recipe.schedule.steps, *recipe.schedule.other_steps)
+    return generation, tuple(compile_schedule(pipeline.scheduler, steps) for steps in every)
+
+
+def build_components(pipeline: Any, recipe: Recipe) -> dict[str, Component]:
+    """Every component that the recipe names, by its name."""
+    sizes = {"height": recipe.height, "width": recipe.width, "batch": 2 if recipe.guided else 1}
+    return {name: components.build(pipeline, name, **sizes) for name in recipe.components}
+
+
+def write_tokenizer(pipeline: Any, folder: Path) -> TokenizerFiles:
+    """Write `tokenizer/` as transformers saves it; its special tokens for the manifest."""
+    tokenizer = pipeline.tokenizer
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return TokenizerFiles(
+        max_length=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _pipeline_maker(
+    files: TokenizerFiles,
+    folder: Path,
+    generation: Generation,
+    schedules: tuple[ScheduleTable, ...],
+) -> Callable[[dict[str, golden.Runner]], Pipeline]:
+    """The runtime's own pipeline over torch modules, so that both run the same code."""
+    tokenizer = ClipTokenizer.from_files(
+        folder / files.vocab, folder / files.merges, **files.model_dump(exclude={"vocab", "merges"})
+    )
+    return lambda runners: Pipeline(runners, tokenizer, generation, schedules)
+
+
+def _golden_prompts(recipe: Recipe) -> tuple[GoldenPrompt, ...]:
+    return tuple(
+        GoldenPrompt(
+            prompt=prompt,
+            seed=seed,
+            steps=recipe.schedule.steps,
+            guidance_scale=recipe.schedule.guidance_scale,
+        )
+        for seed, prompt in enumerate(recipe.golden_prompts)
+    )
+
+
+def _lower(
+    target: Any,
+    component: Component,
+    inputs: list[dict[str, np.ndarray]],
+    recipe: Recipe,
+    scheme: support.Scheme,
+    plans: list[LayerPlan],
+    writer: BundleWriter,
+    progress: Progress,
+) -> ComponentEntry:
+    """Rewrite, export once, lower; what the manifest says of the result."""
+    mine = [plan for plan in plans if plan.layer.split(".")[0] == component.name]
+    parameters, macs = components.count_parameters(component), components.count_macs(component)
+    progress(f"export {component.name}")
+    rewritten = replace(component, module=rewrites.apply(component.module, target.REWRITES))
+    program = components.export(rewritten)
+    progress(f"lower {component.name}")
+    options = target.options(recipe, scheme)
+    lowered = target.lower(rewritten, program, writer.path, options, progress.detail)
+    del program, rewritten
+    details = dict(lowered.details)
+    if any(plan.activations != "none" for plan in mine):
+        progress(f"check {component.name} layer by layer")
+        details["layer_snr_db"] = target.layer_check(component, inputs[0], progress.detail)
+    return ComponentEntry(
+        name=component.name,
+        path=lowered.path.relative_to(writer.path).as_posix(),
+        format=lowered.format,
+        inputs=component.inputs,
+        outputs=component.outputs,
+        scheme=scheme.name if any(p.weights == "int8" for p in mine) else scheme.arithmetic,
+        parameters=parameters,
+        macs=macs,
+        bytes=size_bytes(lowered.path),
+        details=details,
+    )
+
+
+def size_bytes(path: Path) -> int:
+    """The bytes of a model: a package's files, or a file and the external data beside it."""
+    folder = path if path.is_dir() else None
+    files = folder.rglob("*") if folder else path.parent.glob(f"{path.stem}*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def tool_versions() -> dict[str, str]:
+    """The installed versions of what had a part in the bundle."""
+    versions = {}
+    for tool in TOOLS:
+        try:
+            versions[tool] = version(tool)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def dry_run(request: Request) -> str:
+    """What `convert` would make: sizes, schemes and the support check, from configs alone."""
+    scheme = support.scheme_for(request.target, request.recipe)
+    recipe = support.adapt(request.recipe, scheme)
+    target_module(request.target).options(recipe, scheme)
+    BundleWriter.check_free(request.output, request.force)
+    pipeline = open_source(recipe.source.model, recipe.source.revision, weights=False).pipeline
+    check_resolution(pipeline, recipe.height, recipe.width)
+    pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
+    _, schedules = compile_generation(pipeline, recipe)
+    stages.check(pipeline, recipe)
+    plans = [plan for stage in recipe.stages for plan in stages.plan(pipeline, stage)]
+    int8 = {plan.layer for plan in plans if plan.weights == "int8"}
+    lines = [f"{recipe.name} for {request.target}: {scheme.name}, computed in {scheme.arithmetic}"]
+    lines += [f"note: {scheme.note}"] if scheme.note else []
+    lines.append(f"{'component':14}{'parameters':>15}{'GMACs':>9}{'int8 layers':>13}{'MB':>10}")
+    total = 0.0
+    for name, component in build_components(pipeline, recipe).items():
+        size = 0.0
+        for path, parameter in component.module.named_parameters():
+            float_bytes = 2 if scheme.arithmetic == "float16" else 4
+            quantized = path.endswith(".weight") and path.removesuffix(".weight") in int8
+            size += parameter.numel() * (1 if quantized else float_bytes)
+        parameters, macs = components.count_parameters(component), components.count_macs(component)
+        layers = sum(layer.split(".")[0] == name for layer in int8)
+        lines.append(f"{name:14}{parameters:15,}{macs / 1e9:9.2f}{layers:13}{size / 1e6:10.1f}")
+        total += size
+    steps = ", ".join(str(table.steps) for table in schedules)
+    lines.append(f"{'models':14}{total / 1e6:47.1f}")
+    lines.append(f"{schedules[0].scheduler}, {steps} steps; {recipe.width}x{recipe.height} pixels")
+    lines.append(f"would be written to {request.output}; nothing was written")
+    return "\n".join(lines)

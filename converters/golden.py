@@ -1,0 +1,186 @@
+"""Golden vectors: what the torch pipeline computes, stored for every runtime to be held against.
+
+The inputs come from real runs of the source pipeline (its trajectory on the golden prompts), so
+that a component is checked on values that it will see. They are run twice in torch: before the
+stages (`source`) and after them (`out`, same function).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from converters.components import Component
+from mobile_runtime.manifest import ComponentName, Golden, GoldenPrompt
+from mobile_runtime.pipeline import Pipeline, Result
+
+Arrays = dict[str, np.ndarray]
+Runner = Callable[[Arrays], Arrays]
+
+
+def torch_runner(component: Component) -> Runner:
+    """A component's torch module as named arrays in, named arrays out."""
+
+    def run(arrays: Arrays) -> Arrays:
+        tensors = tuple(torch.from_numpy(arrays[spec.name]) for spec in component.inputs)
+        with torch.no_grad():
+            outputs = component.module(*tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {
+            spec.name: tensor.numpy()
+            for spec, tensor in zip(component.outputs, outputs, strict=True)
+        }
+
+    return run
+
+
+@dataclass
+class GoldenCases:
+    """The inputs of every component's cases, and what the source made of them."""
+
+    prompts: tuple[GoldenPrompt, ...]
+    inputs: dict[ComponentName, list[Arrays]] = field(default_factory=dict)
+    source: dict[ComponentName, list[Arrays]] = field(default_factory=dict)
+    pairs: tuple[tuple[int, int], ...] = ()
+    runs: list[Result] = field(default_factory=list)
+
+
+def record_source(
+    components: Mapping[ComponentName, Component],
+    make_pipeline: Callable[[dict[str, Runner]], Pipeline],
+    prompts: tuple[GoldenPrompt, ...],
+    progress: Callable[[str], None],
+) -> GoldenCases:
+    """Run the source pipeline on the golden prompts; keep what each component saw and gave.
+
+    A UNet gives the first, middle and last step of each prompt, and the first step of the first
+    prompt once more with the empty prompt (the conditioning pair); a text encoder each prompt and
+    the empty one; a decoder each final latent; an encoder each picture.
+    """
+    cases = GoldenCases(prompts)
+    for prompt in prompts:
+        progress(f"source pipeline: {prompt.prompt!r}")
+        seen: dict[str, list[tuple[Arrays, Arrays]]] = {name: [] for name in components}
+        runners = {
+            name: _recording(torch_runner(component), seen[name])
+            for name, component in components.items()
+        }
+        result = run_prompt(make_pipeline(runners), prompt)
+        cases.runs.append(result)
+        for name in ("text_encoder", "unet", "vae_decoder"):
+            for inputs, outputs in _spread(seen[name]):
+                _add(cases, name, inputs, outputs)
+    _add_conditioning_pair(cases, components, make_pipeline)
+    if "vae_encoder" in components:
+        encode = torch_runner(components["vae_encoder"])
+        for result in cases.runs:
+            picture = result.picture.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+            inputs = {"sample": np.ascontiguousarray(picture)}
+            _add(cases, "vae_encoder", inputs, encode(inputs))
+    return cases
+
+
+def run_prompt(pipeline: Pipeline, prompt: GoldenPrompt) -> Result:
+    """Run one golden prompt from its seed."""
+    return pipeline(
+        prompt.prompt,
+        negative_prompt=prompt.negative_prompt,
+        seed=prompt.seed,
+        steps=prompt.steps,
+        guidance_scale=prompt.guidance_scale,
+    )
+
+
+def _recording(run: Runner, seen: list[tuple[Arrays, Arrays]]) -> Runner:
+    def recorded(arrays: Arrays) -> Arrays:
+        outputs = run(arrays)
+        seen.append((arrays, outputs))
+        return outputs
+
+    return recorded
+
+
+def _spread(calls: list[tuple[Arrays, Arrays]]) -> list[tuple[Arrays, Arrays]]:
+    chosen = sorted({0, len(calls) // 2, len(calls) - 1})
+    return [calls[index] for index in chosen]
+
+
+def _add(cases: GoldenCases, name: str, inputs: Arrays, outputs: Arrays) -> None:
+    known = cases.inputs.setdefault(name, [])  # type: ignore[arg-type]
+    if any(all(np.array_equal(case[key], inputs[key]) for key in inputs) for case in known):
+        return  # the negative prompt's embedding, say, is the same for every prompt
+    known.append(inputs)
+    cases.source.setdefault(name, []).append(outputs)  # type: ignore[arg-type]
+
+
+def _add_conditioning_pair(
+    cases: GoldenCases,
+    components: Mapping[ComponentName, Component],
+    make_pipeline: Callable[[dict[str, Runner]], Pipeline],
+) -> None:
+    """Store the first UNet case again, with the empty prompt where the prompt was."""
+    runners = {name: torch_runner(component) for name, component in components.items()}
+    ids = make_pipeline(runners).tokenizer.encode("")
+    empty = runners["text_encoder"]({"input_ids": ids})
+    _add(cases, "text_encoder", {"input_ids": ids}, empty)
+    inputs = dict(cases.inputs["unet"][0])
+    states = inputs["encoder_hidden_states"].copy()
+    states[-1] = empty["last_hidden_state"][0]  # under guidance the prompt is the last of two
+    inputs["encoder_hidden_states"] = states
+    _add(cases, "unet", inputs, runners["unet"](inputs))
+    cases.pairs = ((0, len(cases.inputs["unet"]) - 1),)
+
+
+def write(
+    cases: GoldenCases,
+    components: Mapping[ComponentName, Component],
+    make_pipeline: Callable[[dict[str, Runner]], Pipeline],
+    folder: Path,
+    progress: Callable[[str], None],
+) -> Golden:
+    """Run the cases through the components after the stages; write `golden/*.safetensors`.
+
+    folder: the bundle's root. Tensor names: see mobile_runtime/bundle.py.
+    """
+    (folder / "golden").mkdir()
+    runners = {name: torch_runner(component) for name, component in components.items()}
+    paths: dict[ComponentName, str] = {}
+    for name in components:
+        progress(f"golden vectors: {name}, {len(cases.inputs[name])} cases")
+        tensors: Arrays = {}
+        for k, (inputs, source) in enumerate(
+            zip(cases.inputs[name], cases.source[name], strict=True)
+        ):
+            outputs = runners[name](inputs)
+            for kind, arrays in (("in", inputs), ("out", outputs), ("source", source)):
+                tensors |= {f"{k}/{kind}/{key}": value for key, value in arrays.items()}
+        paths[name] = f"golden/{name}.safetensors"
+        _save(tensors, folder / paths[name])
+    pipeline = make_pipeline(runners)
+    tensors = {}
+    for k, (prompt, source_run) in enumerate(zip(cases.prompts, cases.runs, strict=True)):
+        progress(f"golden pipeline after the stages: {prompt.prompt!r}")
+        run = run_prompt(pipeline, prompt)
+        tensors |= {
+            f"{k}/noise": run.noise,
+            f"{k}/trajectory": run.trajectory,
+            f"{k}/picture": run.picture,
+            f"{k}/source_picture": source_run.picture,
+        }
+        if run.fresh_noise is not None:
+            tensors[f"{k}/fresh_noise"] = run.fresh_noise
+    _save(tensors, folder / "golden/pipeline.safetensors")
+    return Golden(
+        components=paths,
+        cases={name: len(cases.inputs[name]) for name in components},
+        conditioning_pairs=cases.pairs,
+        pipeline="golden/pipeline.safetensors",
+        prompts=cases.prompts,
+    )
+
+
+def _save(tensors: Arrays, path: Path) -> None:
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)

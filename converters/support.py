@@ -1,0 +1,109 @@
+"""What each target can do: checked before any heavy work, printed by `--dry-run`.
+
+A recipe asks for a precision and a weight scheme; this table says what the target makes of it, or
+refuses and says what the target can do instead. A cell whose result is not what was asked for by
+name carries a note, which goes into the manifest.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mobile_runtime.errors import UserError
+from mobile_runtime.manifest import Gates, Target
+from recipes import stages
+from recipes.schema import Recipe
+
+Precision = Literal["auto", "float32", "float16"]
+Weights = Literal["float", "int8"]
+Activations = Literal["none", "int8_dynamic"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a target makes of a request."""
+
+    name: str
+    arithmetic: Literal["float32", "float16"]
+    activations: Activations = "none"
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a target cannot do, and what it can."""
+
+    reason: str
+    instead: str
+
+
+_XNNPACK_INT8 = (
+    "XNNPACK has no weight-only INT8: the same INT8 weights are computed with activations that "
+    "are quantized to INT8 as they come (w8a8_dynamic)"
+)
+_FP16_XNNPACK = Refusal(
+    "the XNNPACK delegate computes these models in float32",
+    "leave the precision on auto or float32, or convert to Core ML",
+)
+_FP16_ONNX_INT8 = Refusal(
+    "ONNX Runtime's CPU kernels compute INT8 weights in float32",
+    "leave the precision on auto or float32",
+)
+
+# (target, precision, weights) -> what it makes of it
+SUPPORT: dict[tuple[Target, Precision, Weights], Scheme | Refusal] = {
+    ("onnx", "auto", "float"): Scheme("float32", "float32"),
+    ("onnx", "float32", "float"): Scheme("float32", "float32"),
+    ("onnx", "float16", "float"): Scheme("float16", "float16"),
+    ("onnx", "auto", "int8"): Scheme("w8", "float32"),
+    ("onnx", "float32", "int8"): Scheme("w8", "float32"),
+    ("onnx", "float16", "int8"): _FP16_ONNX_INT8,
+    ("coreml", "auto", "float"): Scheme("float16", "float16"),
+    ("coreml", "float32", "float"): Scheme("float32", "float32"),
+    ("coreml", "float16", "float"): Scheme("float16", "float16"),
+    ("coreml", "auto", "int8"): Scheme("w8", "float16"),
+    ("coreml", "float32", "int8"): Scheme("w8", "float32"),
+    ("coreml", "float16", "int8"): Scheme("w8", "float16"),
+    ("executorch", "auto", "float"): Scheme("float32", "float32"),
+    ("executorch", "float32", "float"): Scheme("float32", "float32"),
+    ("executorch", "float16", "float"): _FP16_XNNPACK,
+    ("executorch", "auto", "int8"): Scheme(
+        "w8a8_dynamic", "float32", "int8_dynamic", _XNNPACK_INT8
+    ),
+    ("executorch", "float32", "int8"): Scheme(
+        "w8a8_dynamic", "float32", "int8_dynamic", _XNNPACK_INT8
+    ),
+    ("executorch", "float16", "int8"): _FP16_XNNPACK,
+}
+
+
+def scheme_for(target: Target, recipe: Recipe) -> Scheme:
+    """The scheme that the target uses; raises UserError with the way out where it cannot."""
+    weights: Weights = "int8" if any(stage.quantize for stage in recipe.stages) else "float"
+    found = SUPPORT[target, recipe.precision, weights]
+    if isinstance(found, Refusal):
+        asked = f"precision {recipe.precision} with {weights} weights"
+        raise UserError(f"{target} cannot do {asked}: {found.reason}; {found.instead}")
+    return found
+
+
+def adapt(recipe: Recipe, scheme: Scheme) -> Recipe:
+    """The recipe as the target will run it: activations quantized where the scheme needs it."""
+    if scheme.activations == "none":
+        return recipe
+    return stages.with_activations(recipe, scheme.activations)
+
+
+def gates(recipe: Recipe, scheme: Scheme) -> Gates:
+    """The figures that the bundle must reach: the target's own, and the recipe's over them.
+
+    Quantized activations are gated layer by layer: single INT8 steps that flip by rounding are
+    amplified by depth, so a whole component's SNR against fake quantization says little there.
+    """
+    dynamic = scheme.activations != "none"
+    own = Gates(
+        component_snr_db=None if dynamic else 60.0,
+        float16_snr_db=45.0 if scheme.arithmetic == "float16" else None,
+        layer_snr_db=45.0 if dynamic else None,
+        picture_psnr_db=40.0,
+    )
+    return own.model_copy(update=recipe.gates.model_dump(exclude_unset=True))
