@@ -106,10 +106,10 @@ def conclude(checks: tuple[Check, ...]) -> tuple[Verdict, str]:
     if missing is not None:
         return "not_run", f"{_place(missing)} could not be checked: {missing.reason}"
     if not ran:
-        return "not_run", "no model was run"
+        return "not_run", "No model was run"
     skipped = sum(check.status == "not_run" for check in checks)
     note = f"; {skipped} not gated could not be run here" if skipped else ""
-    return "pass", f"all {len(gated)} gated checks passed{note}"
+    return "pass", f"All {len(gated)} gated checks passed{note}"
 
 
 def _place(check: Check) -> str:

@@ -35,7 +35,8 @@ h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; }
 h2 { margin: 2rem 0 .6rem; font-size: 1.1rem; }
 p { margin: .3rem 0; } .soft { color: var(--soft); font-size: .875rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .75rem;
-  padding: 1rem; overflow-wrap: anywhere; }
+  padding: 1rem; overflow-wrap: break-word; }
+code, dd { overflow-wrap: anywhere; } .scroll { overflow-x: auto; }
 .verdict { border-left: .4rem solid var(--tone); }
 .tone { color: var(--tone); font-weight: 600; white-space: nowrap; }
 .pass { --tone: var(--pass); } .fail { --tone: var(--fail); }
@@ -53,10 +54,15 @@ tr:first-child > * { border-top: 0; } th { font-weight: 600; color: var(--soft);
   font-size: .8125rem; }
 td { font-variant-numeric: tabular-nums; } td:last-child, th:last-child { padding-right: 0; }
 td small { display: block; color: var(--soft); font-size: .8125rem; }
-@media (max-width: 30rem) { .wide { display: none; } }
+@media (max-width: 30rem) { .wide { display: none; } main { padding: .75rem .75rem 2rem; }
+  .card { padding: .75rem; } table { font-size: .8125rem; } th, td { padding-right: .5rem; }
+  th, td small { font-size: .75rem; }
+  details tr { display: block; border-top: 1px solid var(--line); padding: .4rem 0; }
+  details tr:first-child { display: none; } details td { display: block; border: 0; padding: 0; } }
+details td { overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: minmax(5.5rem, max-content) minmax(0, 1fr);
   gap: .3rem 1rem; margin: 0; font-size: .9rem; } dt { color: var(--soft); } dd { margin: 0; }
-summary { cursor: pointer; } details table { margin-top: .5rem; }
+summary { cursor: pointer; } details .scroll { margin-top: .5rem; }
 code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .875em; }
 """
 
@@ -78,7 +84,7 @@ def _head(report: Report, title: str) -> str:
     return (
         f'<header class="card verdict {report.verdict}"><h1>{escape(title)}: '
         f'<span class="tone">{_WORDS[report.verdict]}</span></h1>'
-        f"<p>{escape(report.summary[:1].upper() + report.summary[1:])}.</p>"
+        f"<p>{escape(report.summary)}.</p>"
         f'<p class="soft">{escape(report.created)} · manifest SHA-256 '
         f"<code>{escape(report.manifest_sha256[:16])}…</code></p></header>"
     )
@@ -120,6 +126,11 @@ def _data_uri(picture: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
+def _named(name: str, runtime: str) -> str:
+    """A component and what ran it; a phone may break the name at an underscore."""
+    return f"{escape(name).replace('_', '_<wbr>')}<small>{escape(runtime)}</small>"
+
+
 def _status(status: str) -> str:
     return f'<span class="tone {status}">{_WORDS[status]}</span>'
 
@@ -142,7 +153,7 @@ def _table(header: list[str], rows: list[list[str]], wide: tuple[int, ...] = ())
         "<tr>" + "".join(f"<td{c}>{cell}</td>" for c, cell in zip(css, row, strict=True)) + "</tr>"
         for row in rows
     )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _components(report: Report) -> str:
@@ -154,7 +165,7 @@ def _components(report: Report) -> str:
         again = {"pass": "equal", "fail": "differs"}.get(repeat.status, "–") if repeat else "–"
         rows.append(
             [
-                f"{escape(first.component)}<small>{escape(first.runtime)}</small>",
+                _named(first.component, first.runtime),
                 _figure(same),
                 _figure(row.get("source")),
                 largest,
@@ -179,7 +190,7 @@ def _prompts(report: Report) -> str:
         prompt = "–" if first.prompt is None else str(first.prompt)
         rows.append(
             [
-                f"prompt {prompt}<small>{escape(first.runtime)}</small>",
+                _named(f"prompt {prompt}", first.runtime),
                 _figure(row.get("picture")),
                 _figure(row.get("source_picture")),
                 decibel(row.get("trajectory")).replace("-", "–"),
@@ -195,7 +206,7 @@ def _prompts(report: Report) -> str:
 def _latency(report: Report) -> str:
     rows = [
         [
-            f"{escape(row.component)}<small>{escape(row.runtime)}</small>",
+            _named(row.component, row.runtime),
             f"{row.median_ms:.1f} ms",
             f"{row.p90_ms:.1f} ms",
             f"{row.min_ms:.1f} ms",
@@ -214,7 +225,7 @@ def _latency(report: Report) -> str:
 def _all_checks(report: Report) -> str:
     rows = [
         [
-            f"{escape(check.component)}<small>{escape(check.runtime)}</small>",
+            _named(check.component, check.runtime),
             escape(check.kind.replace("_", " ")),
             _status(check.status) + ("" if check.gated else "<small>no gate</small>"),
             escape(check.reason),
