@@ -13,7 +13,7 @@ import numpy as np
 
 from mobile_runtime import backends
 from mobile_runtime.backends import Runner
-from mobile_runtime.errors import GateError, PocketError, UserError, choices
+from mobile_runtime.errors import GateError, PocketError, UserError
 from mobile_runtime.manifest import Generation, ScheduleTable
 from mobile_runtime.noise import Noise
 from mobile_runtime.sampler import needs_fresh_noise, sample
@@ -28,7 +28,7 @@ class Cancelled(PocketError):  # noqa: N818  # not an error: what the caller wan
 
 
 class Tokenizer(Protocol):
-    """What the pipeline needs of a tokenizer: text to ids, (1, L) int32."""
+    """What the pipeline needs of a tokenizer: text to ids, (1, L) int32, cut to fit."""
 
     def encode(self, text: str) -> np.ndarray: ...
 
@@ -95,11 +95,8 @@ class Pipeline:
         """The table for a number of steps (None: the default); others are an error."""
         wanted = self.generation.default_steps if steps is None else steps
         if wanted not in self.schedules:
-            raise choices(
-                "number of steps (each is compiled into the bundle)",
-                str(wanted),
-                [str(known) for known in sorted(self.schedules)],
-            )
+            known = ", ".join(str(steps) for steps in sorted(self.schedules))
+            raise UserError(f"there is no schedule compiled for {wanted} steps; choose: {known}")
         return self.schedules[wanted]
 
     def encode(self, prompt: str, negative_prompt: str | None, guidance_scale: float) -> np.ndarray:

@@ -1,0 +1,270 @@
+"""`python -m mobile_runtime`: generate pictures from a bundle, look into it, validate it."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mobile_runtime.backends import BACKENDS
+from mobile_runtime.bundle import MANIFEST, REPORTS, Bundle
+from mobile_runtime.errors import UserError, run_cli
+from mobile_runtime.pictures import (
+    contact_sheet,
+    psnr_db,
+    sheet_scale,
+    side_by_side,
+    write_png,
+)
+from mobile_runtime.pipeline import Pipeline, Result
+from mobile_runtime.tokenizer import ClipTokenizer
+
+EXAMPLES = """examples:
+  python -m mobile_runtime generate bundles/pocket_int8-onnx "a large red star" -o star.png
+  python -m mobile_runtime generate BUNDLE "a red star" "a blue ring" --seeds 0-3 -o pictures
+  python -m mobile_runtime generate BUNDLE "a red star" --compare recipes/pocket/weights
+  python -m mobile_runtime info BUNDLE
+  python -m mobile_runtime validate BUNDLE
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns its exit code."""
+    from mobile_runtime import validate
+
+    parser = argparse.ArgumentParser(
+        prog="python -m mobile_runtime",
+        description="From a bundle's files to pictures, and the proof.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, about: str, run: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    _add_generate_arguments(add("generate", "make pictures from prompts", generate))
+    info_parser = add("info", "tell what a bundle holds", info)
+    info_parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    validate.add_arguments(
+        add("validate", "check that a bundle computes what it should", validate.run)
+    )
+    args = parser.parse_args(argv)
+    return int(args.run(args))
+
+
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to draw")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    seeds.add_argument(
+        "--seeds", type=_seeds, metavar="LIST", help="several, as in 0-3,7: each prompt with each"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="one of those compiled (see info)")
+    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1: none")
+    parser.add_argument("--negative", metavar="TEXT", help="what not to draw")
+    parser.add_argument("--backend", choices=sorted(set(BACKENDS) - {"torch"}), help="the runtime")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for the backend, as in threads=2, exact=false or arithmetic=float16",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="a .png for one picture, a folder for several (default: named after the prompt)",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="PATH",
+        help="a bundle or a diffusers folder: show its picture and the difference beside this one",
+    )
+    parser.add_argument("--force", action="store_true", help="replace pictures that exist")
+
+
+def _seeds(text: str) -> list[int]:
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{part!r} is no seed and no range; write 0-3,7")
+        first = int(match[1])
+        seeds += range(first, int(match[2] or first) + 1)
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} names no seed; write 0-3,7")
+    return seeds
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Make pictures: one file, or a folder of them with a contact sheet."""
+    seeds = args.seeds or [args.seed]
+    jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
+    outputs, sheet_path = _outputs(args.output, jobs)
+    _check_free([*outputs, *([sheet_path] if sheet_path else [])], args.force)
+    bundle = Bundle.open(args.bundle)
+    options = _options(args.option)
+    pipeline = Pipeline.from_bundle(bundle, args.backend, **options)
+    reference = _reference(args.compare, bundle) if args.compare else None
+    # Wrong steps are told before any picture is made.
+    tables = [one.schedule(args.steps) for one in (pipeline, reference) if one is not None]
+    tokenizer = ClipTokenizer.from_bundle(bundle)
+    for prompt in args.prompts:
+        if dropped := tokenizer.dropped(prompt):
+            print(f"warning: {prompt!r} is too long and loses {dropped!r}", file=sys.stderr)
+    pictures: list[np.ndarray] = []
+    count = len(jobs) * sum(table.steps for table in tables)
+    # disable=None: no bar where the output is not a terminal.
+    with tqdm(total=count, unit="step", disable=None, leave=False) as bar:
+        for (prompt, seed), output in zip(jobs, outputs, strict=True):
+            result = _draw(pipeline, prompt, seed, args, bar)
+            picture, told = result.picture, f"{result.timings_ms['total']:.0f} ms"
+            if reference is not None:
+                other = _draw(reference, prompt, seed, args, bar).picture
+                if other.shape != picture.shape:
+                    raise UserError(
+                        f"{args.compare} makes pictures of {other.shape[:2]}, "
+                        f"this bundle of {picture.shape[:2]}; they cannot be compared"
+                    )
+                told += f", {psnr_db(picture, other):.2f} dB from the reference"
+                picture = side_by_side(other, picture)
+            write_png(output, picture, _metadata(bundle, prompt, seed, tables[0].steps, args))
+            pictures.append(picture)
+            bar.write(f"{output}: {prompt!r}, seed {seed}, {told}", sys.stdout)
+    if sheet_path is not None:
+        captions = [f"{prompt} ({seed})" if len(seeds) > 1 else prompt for prompt, seed in jobs]
+        columns = 1 if args.compare else len(seeds) if len(seeds) > 1 else None
+        scale = 1 if args.compare else sheet_scale(pictures[0].shape[0])
+        write_png(sheet_path, contact_sheet(pictures, captions, columns, scale))
+        print(sheet_path)
+    return 0
+
+
+def _draw(pipeline: Pipeline, prompt: str, seed: int, args: argparse.Namespace, bar: Any) -> Result:
+    return pipeline(
+        prompt,
+        seed=seed,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        negative_prompt=args.negative,
+        on_step=lambda *_: bar.update(),
+    )
+
+
+def _reference(path: Path, bundle: Bundle) -> Pipeline:
+    """The pipeline to compare with: another bundle's, or a diffusers folder's in PyTorch."""
+    if (path / MANIFEST).is_file():
+        return Pipeline.from_bundle(Bundle.open(path))
+    if (path / "model_index.json").is_file():
+        return Pipeline.from_bundle(bundle, "torch", folder=path)
+    raise UserError(
+        f"{path} is neither a bundle ({MANIFEST}) nor a diffusers folder (model_index.json)"
+    )
+
+
+def _outputs(
+    output: Path | None, jobs: Sequence[tuple[str, int]]
+) -> tuple[list[Path], Path | None]:
+    """Where each picture goes, and the contact sheet if there are several."""
+    names = [f"{_slug(prompt)}-{seed}.png" for prompt, seed in jobs]
+    if len(jobs) > 1:
+        folder = output or Path("pictures")
+        if folder.suffix == ".png":
+            raise UserError(f"{folder} is one picture and {len(jobs)} are asked for; name a folder")
+        numbered = [folder / f"{index:03d}-{name}" for index, name in enumerate(names)]
+        return numbered, folder / "contact_sheet.png"
+    if output is None:
+        return [Path(names[0])], None
+    return [output if output.suffix == ".png" else output / names[0]], None
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+
+
+def _check_free(paths: Sequence[Path], force: bool) -> None:
+    for path in paths:
+        if path.exists() and not force:
+            raise UserError(f"{path} already exists; choose another --output, or add --force")
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value is JSON if it can be, else text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--option {pair} has no value; write --option {pair}=VALUE")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return options
+
+
+def _metadata(
+    bundle: Bundle, prompt: str, seed: int, steps: int, args: argparse.Namespace
+) -> dict[str, str]:
+    generation = bundle.manifest.generation
+    guidance = generation.guidance_scale if args.guidance is None else args.guidance
+    negative = generation.negative_prompt if args.negative is None else args.negative
+    return {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "seed": str(seed),
+        "steps": str(steps),
+        "guidance_scale": str(guidance),
+        "bundle": f"{bundle.manifest.name} {bundle.manifest_sha256}",
+    }
+
+
+def info(args: argparse.Namespace) -> int:
+    """Print what a bundle holds."""
+    bundle = Bundle.open(args.bundle)
+    manifest = bundle.manifest
+    generation = manifest.generation
+    total = sum(entry.bytes for entry in manifest.files)
+    print(f"{manifest.name}: {manifest.target}, {manifest.arithmetic}, {total / 1e6:.1f} MB")
+    print(f"manifest  sha256 {bundle.manifest_sha256}")
+    print(
+        f"pictures  {generation.width} x {generation.height}, "
+        f"guidance {generation.guidance_scale:g}, {generation.default_steps} steps by default"
+    )
+    counts: dict[str, list[int]] = {}
+    for table in manifest.schedules:
+        counts.setdefault(f"{table.scheduler} ({table.prediction_type})", []).append(table.steps)
+    for scheduler, steps in counts.items():
+        print(f"schedule  {scheduler}, steps: {', '.join(map(str, sorted(steps)))}")
+    for entry in manifest.components:
+        print(
+            f"{entry.name:13} {entry.path:32} {entry.scheme:12} "
+            f"{entry.parameters / 1e6:8.2f} M parameters {entry.macs / 1e9:8.2f} GMACs "
+            f"{entry.bytes / 1e6:8.1f} MB"
+        )
+    for note in manifest.notes:
+        print(f"note      {note}")
+    reports = [name for name in REPORTS if bundle.file(name).is_file()]
+    print(f"reports   {', '.join(reports) or 'none: not validated yet'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
