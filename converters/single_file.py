@@ -1,0 +1,77 @@
+"""A single-file .safetensors checkpoint in Stability's original format, read offline."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from converters.architectures import ARCHITECTURES, Architecture, write_config_folder
+from converters.diffusers_folder import assemble, check_resolution_of, check_safetensors, told
+from mobile_runtime.errors import UserError
+
+
+def open_single_file(path: Path, resolution: tuple[int, int] | None = None) -> tuple[Any, str]:
+    """Open a checkpoint with our own configurations, so that no network is asked.
+
+    Returns the fp32 pipeline and the name of its architecture.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"{path} is no .safetensors file; a pickle (.ckpt, .bin, .pt) may run code when "
+            "opened, so convert it first"
+        )
+    check_safetensors(path)
+    name = identify_checkpoint(path)
+    architecture = ARCHITECTURES[name]
+    if resolution:
+        check_resolution_of(architecture.unet, architecture.vae, *resolution)
+    return load_single_file(path, architecture), name
+
+
+def identify_checkpoint(path: Path) -> str:
+    """The architecture of an original-format checkpoint, from its tensors and its name."""
+    from safetensors import safe_open
+
+    prefix = "model.diffusion_model.input_blocks."
+    with safe_open(path, framework="np") as file:
+        keys = set(file.keys())
+        shapes = {
+            key: tuple(file.get_slice(key).get_shape())
+            for key in (
+                prefix + "0.0.weight",
+                prefix + "1.1.transformer_blocks.0.attn2.to_k.weight",
+            )
+            if key in keys
+        }
+    width, context = ((*shapes.values(), (), ())[:2]) if len(shapes) == 2 else ((), ())
+    if len(width) != 4 or width[1] != 4 or any(k.startswith("conditioner.") for k in keys):
+        raise UserError(
+            f"{path} is no text-to-image checkpoint of Stable Diffusion 1.x, 2.x or Turbo in the "
+            "original format; save it as a diffusers folder and pass that"
+        )
+    if context[1] == 768:
+        return "sd15"
+    # 2.1-base, 2.1 and Turbo are one network; only their samplers tell them apart.
+    for word, name in (("turbo", "sd_turbo"), ("768", "sd21_v"), ("512", "sd21"), ("base", "sd21")):
+        if word in path.name.lower():
+            return name
+    raise UserError(
+        f"{path} holds a Stable Diffusion 2.x network, and nothing in it says whether it is Turbo, "
+        "2.1 at 512 or 2.1 at 768; put 'turbo', '512' or '768' into its file name"
+    )
+
+
+def load_single_file(path: Path, architecture: Architecture) -> Any:
+    """Read an original-format checkpoint into a pipeline of the given architecture, offline."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_config_folder(architecture, Path(folder))
+        with told(str(path)):
+            loaded = StableDiffusionPipeline.from_single_file(
+                str(path), config=folder, local_files_only=True, torch_dtype=torch.float32
+            )
+    loaded.tokenizer.name_or_path = ""
+    return assemble(
+        loaded.unet, loaded.vae, loaded.text_encoder, loaded.tokenizer, loaded.scheduler
+    )

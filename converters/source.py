@@ -1,0 +1,197 @@
+"""Where a pipeline comes from: a hub id, a diffusers folder, one file, `embedded`, `random:ARCH`.
+
+Weights load from safetensors only, and nothing that a source holds is ever run.
+"""
+
+import importlib.resources
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.architectures import ARCHITECTURES, random_modules, write_clip_tokenizer
+from converters.diffusers_folder import (
+    MODELS,
+    assemble,
+    check_resolution_of,
+    no_safetensors,
+    open_folder,
+)
+from converters.single_file import open_single_file
+from mobile_runtime.bundle import sha256
+from mobile_runtime.errors import UserError, choices
+from recipes.schema import RANDOM_ARCHITECTURES
+
+# Seconds to wait for the hub to answer before looking at the cache.
+HUB_TIMEOUT_S = 10
+WAYS_OUT = (
+    "download it on a machine with access (for a gated one after `huggingface-cli login`) and "
+    "pass the folder or .safetensors file as --model, or use --model embedded, "
+    "or --model random:sd_turbo (real size, random weights)"
+)
+CONFIGS = ("model_index.json", "*/*.json", "tokenizer/merges.txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened pipeline (fp32, eval, no gradients) and what the manifest records about it."""
+
+    pipeline: Any
+    info: dict[str, Any]
+
+
+def open_source(
+    model: str, revision: str | None = None, *, resolution: tuple[int, int] | None = None
+) -> Source:
+    """Open a Stable Diffusion 1.x or 2.x pipeline.
+
+    model: hub id, diffusers folder, single .safetensors file, `embedded`, or `random:ARCH`.
+    resolution: (height, width) to check against the configurations before any weight loads.
+    Raises UserError with one sentence: what, where, and the ways out.
+    """
+    path = Path(model).expanduser()
+    # A hub id is two plain words; everything else that has a slash or exists is a path.
+    looks_like_path = (
+        path.exists() or model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+    )
+    local = model == "embedded" or model.startswith("random:") or looks_like_path
+    if local and revision is not None:
+        raise UserError(f"--revision goes with a hub id, and {model} is none; remove it")
+    if model == "embedded":
+        return _open_embedded(resolution)
+    if model.startswith("random:"):
+        return _open_random(model, resolution)
+    if path.is_file():
+        pipeline, name = open_single_file(path, resolution)
+        info = {"kind": "file", "id": path.name, "architecture": name}
+        return Source(pipeline, {**info, "weights_sha256": {path.name: sha256(path)}})
+    if path.is_dir():
+        pipeline, weights = open_folder(path, str(path), resolution)
+        info = {"kind": "folder", "id": path.resolve().name}
+        return Source(pipeline, {**info, "weights_sha256": weights})
+    if looks_like_path or model.count("/") != 1:
+        raise UserError(
+            f"the source {model!r} is no folder or file, and no hub id (owner/name), embedded or "
+            f"random:ARCH ({', '.join(RANDOM_ARCHITECTURES)})"
+        )
+    return _open_hub(model, revision, resolution)
+
+
+def check_resolution(pipeline: Any, height: int, width: int) -> None:
+    """Refuse a picture size that the VAE and the UNet's levels cannot halve evenly."""
+    check_resolution_of(pipeline.unet.config, pipeline.vae.config, height, width)
+
+
+def _open_embedded(resolution: tuple[int, int] | None) -> Source:
+    weights = Path(str(importlib.resources.files("recipes.pocket").joinpath("weights")))
+    if not (weights / "model_index.json").is_file():
+        raise UserError(
+            "this installation holds no embedded model (recipes/pocket/weights); install the "
+            "package again, or train it with: python -m recipes.pocket train"
+        )
+    pipeline, hashes = open_folder(weights, "the embedded model", resolution)
+    return Source(pipeline, {"kind": "embedded", "id": "embedded", "weights_sha256": hashes})
+
+
+def _open_random(model: str, resolution: tuple[int, int] | None, seed: int = 0) -> Source:
+    import diffusers
+    from transformers import CLIPTokenizer
+
+    name = model.removeprefix("random:")
+    if name not in RANDOM_ARCHITECTURES:
+        raise choices("architecture", name, list(RANDOM_ARCHITECTURES))
+    architecture = ARCHITECTURES[name]
+    if resolution:
+        check_resolution_of(architecture.unet, architecture.vae, *resolution)
+    with tempfile.TemporaryDirectory() as folder:
+        write_clip_tokenizer(Path(folder), architecture.pad_token)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    # from_pretrained remembers the folder, which is gone.
+    tokenizer.name_or_path = ""
+    scheduler = getattr(diffusers, architecture.scheduler_class)(**architecture.scheduler)
+    unet, vae, text_encoder = random_modules(architecture, seed)
+    pipeline = assemble(unet, vae, text_encoder, tokenizer, scheduler)
+    return Source(pipeline, {"kind": "random", "id": model, "seed": seed})
+
+
+def _open_hub(model: str, revision: str | None, resolution: tuple[int, int] | None) -> Source:
+    """Ask the hub once for the commit; without an answer, take what the cache holds."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from requests import RequestException
+
+    at = f"{model}@{revision}" if revision else model
+    try:
+        found = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S)
+        files = [sibling.rfilename for sibling in found.siblings or []]
+        patterns = [*CONFIGS, *_hub_weights(files, model)]
+        folder = snapshot_download(
+            model,
+            revision=found.sha,
+            allow_patterns=patterns,
+            etag_timeout=HUB_TIMEOUT_S,
+        )
+        commit = found.sha
+    except GatedRepoError:
+        raise UserError(
+            f"{at} is gated: accept its licence on its hub page and run `huggingface-cli login`; "
+            f"or {WAYS_OUT}"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"the hub's {model} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"the hub has no model {model}, or it is private: check the name, or run "
+            f"`huggingface-cli login`; or {WAYS_OUT}"
+        ) from None
+    except HFValidationError as error:
+        raise UserError(f"{model!r} is no hub id: {error}") from None
+    except (RequestException, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
+        try:
+            folder = snapshot_download(
+                model, revision=revision, allow_patterns=list(CONFIGS), local_files_only=True
+            )
+        except (LocalEntryNotFoundError, FileNotFoundError):
+            raise UserError(
+                f"{at} is no folder here and not in the local cache, and the hub cannot be reached "
+                f"({_reason(error)}); {WAYS_OUT}"
+            ) from None
+        commit = Path(folder).name
+    pipeline, weights = open_folder(Path(folder), at, resolution)
+    info = {"kind": "hub", "id": model, "revision": commit}
+    return Source(pipeline, {**info, "weights_sha256": weights})
+
+
+def _reason(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP {response.status_code}"
+    return {"OfflineModeIsEnabled": "offline mode is on", "ConnectTimeout": "no answer"}.get(
+        type(error).__name__, "no connection"
+    )
+
+
+def _hub_weights(files: list[str], where: str) -> list[str]:
+    """Of a repository's files, the safetensors of each component: full precision, else fp16."""
+    chosen = []
+    for component, (stem, _) in MODELS.items():
+        in_folder = [file for file in files if file.startswith(f"{component}/")]
+        for start in (f"{component}/{stem}", f"{component}/{stem}.fp16"):
+            # model.safetensors, or model-00001-of-00002.safetensors with an index.
+            names = [f for f in in_folder if f == f"{start}.safetensors"] or [
+                f for f in in_folder if f.startswith(f"{start}-0") and f.endswith(".safetensors")
+            ]
+            if names:
+                chosen += names
+                break
+        else:
+            raise UserError(no_safetensors(component, in_folder, where))
+    return chosen
