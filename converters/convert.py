@@ -36,7 +36,7 @@ TARGET_MODULES: dict[Target, str] = {
     "onnx": "converters.onnx",
     "executorch": "converters.executorch",
 }
-TOOLS = [
+TOOLS = (
     "pocket-diffusion",
     "torch",
     "diffusers",
@@ -48,7 +48,7 @@ TOOLS = [
     "coremltools",
     "executorch",
     "torchao",
-]
+)
 
 
 @dataclass(frozen=True)

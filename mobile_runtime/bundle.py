@@ -8,6 +8,7 @@ variance), `k/fresh_noise` (steps, C, h, w; only where a schedule row has d != 0
 `k/source_picture` (H, W, 3; uint8).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -21,12 +22,14 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from mobile_runtime.errors import BundleError, UserError, choices
+from mobile_runtime.errors import BundleError, PocketError, UserError, choices
 from mobile_runtime.manifest import SCHEMA_VERSION, ComponentEntry, FileEntry, Manifest
 
 MANIFEST = "manifest.json"
 # Written after the bundle is whole, so they are not among its hashed files.
 REPORTS = ("report.json", "report.html")
+# An error with less free space than this is taken for a full disk.
+LITTLE_SPACE_BYTES = 1 << 20
 
 
 def sha256(path: Path) -> str:
@@ -214,8 +217,24 @@ class BundleWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Asked before the files go: a library tells a full disk in an error of its own kind.
+        full = error is not None and self._disk_is_full(error)
         if self.path != self.output and self.path.exists():
             shutil.rmtree(self.path, ignore_errors=True)
+        if full:
+            raise UserError(
+                f"the disk of {self.output.absolute().parent} is full; free space, or choose "
+                "another --output, and run again"
+            ) from error
+
+    def _disk_is_full(self, error: BaseException) -> bool:
+        if isinstance(error, PocketError) or not isinstance(error, Exception):
+            return False
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return True
+        parent = self.output.absolute().parent
+        little = parent.is_dir() and shutil.disk_usage(parent).free < LITTLE_SPACE_BYTES
+        return little or "no space left" in str(error).lower()
 
 
 def _alive(pid: int) -> bool:

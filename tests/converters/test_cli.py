@@ -1,0 +1,160 @@
+"""`python -m converters.TARGET`: a wrong request is one sentence and exit code 2, and harms nothing."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from converters import cli, golden
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.errors import run_cli
+
+SMALL = ["--recipe", "pocket_int8", "--no-validate"]
+
+
+def run(target: str, *argv: str | Path) -> int:
+    """The command, in this process."""
+    return run_cli(lambda given: cli.main(target, given), [str(word) for word in argv])
+
+
+def refused(capsys: pytest.CaptureFixture[str], target: str, *argv: str | Path) -> str:
+    """The one message of a command that has to be refused."""
+    assert run(target, *argv) == 2
+    told = capsys.readouterr().err
+    assert told.count("error:") == 1
+    assert "Traceback" not in told
+    return told
+
+
+def test_an_unknown_recipe_lists_the_choices(capsys):
+    told = refused(capsys, "onnx", "--recipe", "pocket_int9")
+    assert "did you mean" in told.lower()
+    assert "sd_turbo_int8" in told
+
+
+def test_a_misspelt_key_is_named_with_the_right_one(capsys):
+    told = refused(capsys, "onnx", *SMALL, "--set", "schedule.stepz=3")
+    assert "schedule.stepz" in told
+    assert "steps" in told
+
+
+def test_two_faults_are_told_at_once(capsys):
+    told = refused(capsys, "onnx", *SMALL, "--set", "schedule.stepz=3", "--set", "resolution=big")
+    assert "schedule.stepz" in told
+    assert "resolution" in told
+
+
+def test_a_resolution_that_does_not_fit_names_what_does(capsys, tmp_path):
+    told = refused(capsys, "onnx", *SMALL, "--resolution", "72", "--output", tmp_path / "bundle")
+    assert "multiple" in told
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_layer_pattern_that_matches_nothing_is_named(capsys, tmp_path):
+    rule = "stages.quantize.rules=[{layers: unet.conv_inn, weights: float32, reason: test}]"
+    told = refused(capsys, "onnx", *SMALL, "--set", rule, "--output", tmp_path / "bundle")
+    assert "unet.conv_inn" in told
+    assert "unet.conv_in" in told
+
+
+def test_a_precision_that_the_target_lacks_says_what_it_can_do(capsys):
+    told = refused(
+        capsys, "executorch", "--recipe", "pocket_fp32", "--set", "precision=float16"
+    )
+    assert "XNNPACK" in told
+    assert "float32" in told
+
+
+@pytest.mark.parametrize(
+    ("target", "library"), [("coreml", "coremltools"), ("executorch", "executorch"), ("onnx", "onnx")]
+)
+def test_a_missing_library_says_how_to_install_it(capsys, monkeypatch, tmp_path, target, library):
+    for name in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    started = time.monotonic()
+    told = refused(capsys, target, *SMALL, "--output", tmp_path / "bundle")
+    assert f"pocket-diffusion[{target}]" in told
+    assert time.monotonic() - started < 30, "told before the heavy work"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_left_alone(capsys, tmp_path):
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    assert "--force" in refused(capsys, "onnx", *SMALL, "--output", output)
+    assert "not a bundle" in refused(capsys, "onnx", *SMALL, "--output", output, "--force")
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(capsys, monkeypatch, tmp_path):
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(golden, "save_file", full)
+    told = refused(capsys, "onnx", *SMALL, "--steps", "1", "--output", tmp_path / "bundle")
+    assert "full" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_model_without_network_is_refused_with_the_ways_out(tmp_path):
+    environment = os.environ | {
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing answers there
+        "HF_HOME": str(tmp_path / "empty_cache"),
+    }
+    command = [sys.executable, "-m", "converters.coreml", "--recipe", "sd_turbo_int8"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "bundle")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "stabilityai/sd-turbo" in done.stderr
+    for way_out in ("embedded", "random:", "folder"):
+        assert way_out in done.stderr
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_kill_leaves_nothing_half_made_and_the_next_run_works(tmp_path):
+    output = tmp_path / "bundle"
+    command = [sys.executable, "-m", "converters.onnx", *SMALL, "--output", str(output)]
+    process = subprocess.Popen([*command, "--steps", "1"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".bundle.*.partial/golden")) and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    assert run("onnx", *SMALL, "--steps", "1", "--output", output) == 0
+    assert Bundle.open(output).manifest.name == "pocket_int8"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_dry_run_tells_sizes_and_writes_nothing(capsys, tmp_path):
+    output = tmp_path / "bundle"
+    argv = ["--recipe", "sd_turbo_int8", "--model", "random:sd_turbo", "--dry-run"]
+    assert run("executorch", *argv, "--output", output) == 0
+    told = capsys.readouterr().out
+    assert "865,910,724" in told
+    assert "w8a8_dynamic" in told
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("target", ["coreml", "onnx", "executorch"])
+def test_help_ends_with_examples(capsys, target):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(target, ["--help"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    assert f"python -m converters.{target} --recipe" in told.split("examples:")[1]

@@ -1,0 +1,75 @@
+"""The whole path on the embedded model, for every target: convert, validate, generate, judge."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converters import cli
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.pipeline import Pipeline
+from mobile_runtime.report import read_report
+from recipes.pocket import evaluate
+
+TARGETS = ("onnx", "coreml", "executorch")
+CAPTIONS = 4
+# Of so few captions some may be missed; BENCHMARKS.md has the accuracy over 512.
+MISSED = 1
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`pocket_int8` for every target, converted and validated by the command."""
+    folder = tmp_path_factory.mktemp("bundles")
+    made = {}
+    for target in TARGETS:
+        made[target] = folder / target
+        argv = ["--recipe", "pocket_int8", "--output", str(made[target])]
+        assert cli.main(target, argv) == 0, f"{target} was not validated"
+    return made
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_report_of_a_conversion_passes(bundles, target):
+    bundle = Bundle.open(bundles[target])
+    report = read_report(bundle)
+    assert report.verdict == "pass"
+    assert report.manifest_sha256 == bundle.manifest_sha256
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_pictures_match_their_captions(bundles, target):
+    pipeline = Pipeline.from_bundle(Bundle.open(bundles[target]))
+    captions = evaluate.held_out_scenes(CAPTIONS, seed=0)
+    pictures = np.stack([pipeline(text, seed=k).picture for k, (text, _) in enumerate(captions)])
+    score = evaluate.score(pictures, [scene for _, scene in captions])
+    assert score["together"] * CAPTIONS >= CAPTIONS - MISSED
+
+
+def test_every_target_holds_the_same_plan_and_draws_the_same_picture(bundles):
+    opened = {target: Bundle.open(path) for target, path in bundles.items()}
+    weights = [
+        [(plan.layer, plan.weights) for plan in bundle.manifest.quantization]
+        for bundle in opened.values()
+    ]
+    assert weights[0] == weights[1] == weights[2]
+    assert any(kind == "int8" for _, kind in weights[0])
+    pictures = [
+        Pipeline.from_bundle(bundle)("a large red star in the center on navy", seed=3).picture
+        for bundle in opened.values()
+    ]
+    for picture in pictures[1:]:
+        difference = np.abs(picture.astype(int) - pictures[0].astype(int))
+        assert difference.mean() < 8
+
+
+def test_an_int8_bundle_is_a_third_of_float32_at_most(bundles):
+    for path in bundles.values():
+        entries = Bundle.open(path).manifest.components
+        assert sum(e.bytes for e in entries) < 0.35 * 4 * sum(e.parameters for e in entries)
+
+
+def test_executorch_delegates_nearly_everything_in_few_calls(bundles):
+    entry = Bundle.open(bundles["executorch"]).component("unet")
+    assert entry.details["macs_delegated_fraction"] >= 0.99
+    assert entry.details["delegate_calls"] <= 5
