@@ -1,0 +1,93 @@
+"""The pytest plugin shows a bundle's checks as tests, for a continuous integration of one's own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.manifest import Manifest
+from tests.bundles import make_bundle
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return make_bundle(tmp_path_factory.mktemp("plugin") / "bundle")
+
+
+@pytest.fixture(autouse=True)
+def _no_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else is installed here is none of these tests' business, and slow to import."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
+def louder_goldens(name: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Goldens that the UNet misses by a tenth."""
+    return {
+        key: value * np.float32(1.1) if name == "unet" and "/out/" in key else value
+        for key, value in tensors.items()
+    }
+
+
+def without_pairs(manifest: Manifest) -> Manifest:
+    """A bundle in which the UNet's conditioning cannot be checked."""
+    golden = manifest.golden.model_copy(update={"conditioning_pairs": ()})
+    return manifest.model_copy(update={"golden": golden})
+
+
+def run_plugin(pytester: pytest.Pytester, bundle: Bundle, *more: str) -> pytest.RunResult:
+    return pytester.runpytest(
+        "-p", "mobile_runtime.pytest_plugin", f"--bundle={bundle.path}", "-rA", *more
+    )
+
+
+def test_the_pytest_plugin_shows_every_check_of_a_good_bundle_as_a_test(
+    pytester: pytest.Pytester, good: Bundle
+) -> None:
+    result = run_plugin(pytester, good)
+    # Thirteen checks of components and twelve of two prompts, of which the trajectories are told.
+    result.assert_outcomes(passed=23, skipped=2)
+    result.stdout.fnmatch_lines(["*PASSED *unet_conditioning[[]onnxruntime]*"])
+    result.stdout.fnmatch_lines(["*PASSED *pipeline_picture[[]onnxruntime-prompt1]*"])
+
+
+def test_the_pytest_plugin_fails_with_the_reason_and_no_traceback(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle", change_golden=louder_goldens)
+    result = run_plugin(pytester, bundle, "-k", "unet_same_function")
+    result.assert_outcomes(failed=1, deselected=24)
+    result.stdout.fnmatch_lines(["*has an SNR of * dB, and its gate is 60 dB*"])
+    result.stdout.no_fnmatch_line("*Traceback*")
+    result.stdout.no_fnmatch_line("*pytest_plugin.py*")
+
+
+def test_the_pytest_plugin_fails_what_could_not_run(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle", change_manifest=without_pairs)
+    result = run_plugin(pytester, bundle, "-k", "unet_conditioning")
+    result.assert_outcomes(failed=1, deselected=24)
+
+
+def test_the_pytest_plugin_runs_beside_the_tests_that_are_named(
+    pytester: pytest.Pytester, good: Bundle
+) -> None:
+    pytester.makepyfile(test_mine="def test_mine(): pass")
+    run_plugin(pytester, good).assert_outcomes(passed=23, skipped=2)
+    run_plugin(pytester, good, "test_mine.py").assert_outcomes(passed=24, skipped=2)
+
+
+def test_the_pytest_plugin_names_a_folder_that_is_no_bundle_and_a_damaged_bundle(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    empty = pytester.runpytest("-p", "mobile_runtime.pytest_plugin", f"--bundle={tmp_path}")
+    assert empty.ret == pytest.ExitCode.USAGE_ERROR
+    bundle = make_bundle(tmp_path / "bundle")
+    path = bundle.file("unet/model.onnx")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    result = run_plugin(pytester, bundle)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(["*has changed since it was made*"])
