@@ -241,8 +241,15 @@ class Recipe(Strict):
         default=("text_encoder", "unet", "vae_decoder"), strict=False, min_length=1
     )
     stages: tuple[Stage, ...] = Field(default=(), strict=False)
-    precision: Literal["float32", "float16"] = Field(
-        default="float32", description="what the target computes in, where it has a choice"
+    precision: Literal["auto", "float32", "float16"] = Field(
+        "auto",
+        description="what the target computes in; auto: float16 on Core ML, float32 elsewhere",
+    )
+    golden_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        ("a photo of an astronaut riding a horse on mars",),
+        strict=False,
+        min_length=1,
+        description="the bundle holds a golden run of each, to be held against every runtime",
     )
     gates: GateOverrides = GateOverrides()
     targets: Targets = Targets()
