@@ -237,6 +237,9 @@ def test_a_blank_reference_picture_proves_nothing() -> None:
     assert check_picture(black, black, gate_db=40)[0].status == "fail"
 
 
+# A busy machine is no reason to fail.
+without_deadline = settings(deadline=None)
+
 FLOATS = st.floats(-1e6, 1e6, width=32).map(lambda x: x if abs(x) > 1e-3 else 1.0)
 PAIRS = array_shapes(min_dims=1, max_dims=4, max_side=5).flatmap(
     lambda shape: st.tuples(
@@ -245,6 +248,7 @@ PAIRS = array_shapes(min_dims=1, max_dims=4, max_side=5).flatmap(
 )
 
 
+@without_deadline
 @given(PAIRS)
 def test_the_snr_is_the_textbook_formula(pair: tuple[np.ndarray, np.ndarray]) -> None:
     wanted, output = (array.astype(np.float64) for array in pair)
@@ -258,6 +262,7 @@ def test_the_snr_is_the_textbook_formula(pair: tuple[np.ndarray, np.ndarray]) ->
     assert figures.max_abs == pytest.approx(np.max(np.abs(output - wanted)), rel=1e-12)
 
 
+@without_deadline
 @given(PAIRS, st.integers(-20, 20))
 def test_the_figures_do_not_depend_on_the_unit(
     pair: tuple[np.ndarray, np.ndarray], exponent: int
@@ -267,6 +272,7 @@ def test_the_figures_do_not_depend_on_the_unit(
     assert measure(*scaled).snr_db == pytest.approx(measure(*pair).snr_db, abs=1e-9)
 
 
+@without_deadline
 @given(PAIRS, st.randoms(use_true_random=False))
 def test_the_figures_do_not_depend_on_the_order_of_the_values(
     pair: tuple[np.ndarray, np.ndarray], random: object
@@ -277,6 +283,7 @@ def test_the_figures_do_not_depend_on_the_order_of_the_values(
     assert measure(*shuffled).snr_db == pytest.approx(measure(*pair).snr_db, abs=1e-9)
 
 
+@without_deadline
 @given(PAIRS)
 def test_an_error_above_and_one_below_the_reference_count_the_same(
     pair: tuple[np.ndarray, np.ndarray],
@@ -293,6 +300,7 @@ def test_an_error_above_and_one_below_the_reference_count_the_same(
         assert len(verdicts) == 1
 
 
+@without_deadline
 @given(PAIRS, st.floats(1, 1e6))
 def test_a_larger_error_never_has_a_better_figure(
     pair: tuple[np.ndarray, np.ndarray], factor: float
@@ -304,8 +312,8 @@ def test_a_larger_error_never_has_a_better_figure(
     assert large.peak_db <= small.peak_db + 1e-6
 
 
+@without_deadline
 @given(PAIRS, st.floats(3, 1e30))
-@settings(max_examples=200)
 def test_scaling_the_output_up_never_raises_the_verdict(
     pair: tuple[np.ndarray, np.ndarray], factor: float
 ) -> None:
