@@ -2,7 +2,7 @@
 
 The goldens come from the numpy functions below and the files from `onnx.helper`, so a runtime
 that reads the files and agrees with the goldens has been compared with an independent
-implementation. Sizes: 12 tokens of width 8, latents (1, 4, 8, 8), pictures 16x16.
+implementation. Sizes: 12 tokens of width 32, latents (1, 4, 8, 8), pictures 16x16.
 """
 
 import json
@@ -30,7 +30,7 @@ from mobile_runtime.manifest import (
 )
 from mobile_runtime.noise import Noise
 
-TOKENS, WIDTH, CHANNELS, SIDE = 12, 8, 4, 8
+TOKENS, WIDTH, CHANNELS, SIDE = 12, 32, 4, 8
 SCALING_FACTOR = 0.5
 BOS, EOS = 522, 523
 Arrays = dict[str, np.ndarray]
@@ -48,7 +48,7 @@ def weights(seed: int = 0) -> Arrays:
         "position": normal(1, TOKENS, WIDTH, scale=0.3),
         "conv": normal(CHANNELS, CHANNELS, 1, 1, scale=0.4),
         "time": normal(1, CHANNELS, 1, 1, scale=0.5),
-        "context": normal(WIDTH, CHANNELS * SIDE * SIDE, scale=0.5),
+        "context": normal(WIDTH, CHANNELS * SIDE * SIDE, scale=0.25),
         "decode": normal(3, CHANNELS, 1, 1, scale=0.5),
     }
 
