@@ -235,27 +235,55 @@ def fill(module: Any, seed: int) -> None:
     """Give a module that lies on the meta device seeded weights, in place.
 
     Weights are normal with variance 1 / fan_in (LeCun), so that a layer keeps the variance of its
-    input; queries and keys are doubled, so that attention prefers some tokens and the prompt
-    counts; norms are the identity, biases are small and not zero, so that a lost one shows.
+    input and the prompt still counts at the output; norms are the identity; biases are small and
+    not zero, so that a lost one shows.
     """
     import torch
     from torch import nn
 
-    generator = torch.Generator().manual_seed(seed)
+    tape = _NormalTape(seed)
     for name, layer in module.named_modules():
         for key, parameter in list(layer.named_parameters(recurse=False)):
-            value = torch.empty(parameter.shape)
             if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
-                value.fill_(1.0 if key == "weight" else 0.0)
+                value = torch.full(parameter.shape, 1.0 if key == "weight" else 0.0)
             elif key == "bias":
-                value.normal_(std=0.02, generator=generator)
+                value = tape.draw(parameter.shape, std=0.02)
             else:
-                fan_in = 1 if isinstance(layer, nn.Embedding) else value[0].numel()
-                attends = name.endswith(("to_q", "to_k", "q_proj", "k_proj"))
-                value.normal_(std=(2 if attends else 1) / math.sqrt(fan_in), generator=generator)
+                fan_in = 1 if isinstance(layer, nn.Embedding) else parameter[0].numel()
+                value = tape.draw(parameter.shape, std=1 / math.sqrt(fan_in))
             setattr(layer, key, nn.Parameter(value, requires_grad=False))
         for key, buffer in list(layer.named_buffers(recurse=False)):
             if key != "position_ids":
                 raise NotImplementedError(f"{name}.{key}: a buffer that has no rule here")
             positions = torch.arange(buffer.shape[-1]).expand(buffer.shape).clone()
             layer.register_buffer(key, positions, persistent=False)
+
+
+class _NormalTape:
+    """Normal numbers read from one seeded block, round and round: a copy is 20 times a draw.
+
+    The block's length is prime, so the rows of a weight never line up with it and differ.
+    """
+
+    LENGTH = 8_388_593
+
+    def __init__(self, seed: int) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        self.block = torch.randn(self.LENGTH, generator=generator)
+        self.position = 0
+
+    def draw(self, shape: Any, std: float) -> Any:
+        import torch
+
+        value = torch.empty(shape)
+        flat = value.view(-1)
+        done = 0
+        while done < flat.numel():
+            count = min(flat.numel() - done, self.LENGTH - self.position)
+            part = self.block[self.position : self.position + count]
+            torch.mul(part, std, out=flat[done : done + count])
+            done += count
+            self.position = (self.position + count) % self.LENGTH
+        return value
