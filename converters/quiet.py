@@ -1,0 +1,53 @@
+"""Keeps the chatter of the conversion libraries off a user's screen; errors still come through."""
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Hold back Python warnings, and what the named loggers say below ERROR."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def bars_told(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell the title of each tqdm bar that would be drawn on stderr, instead of drawing it."""
+    with contextlib.redirect_stderr(_Bars(sys.stderr, tell)):
+        yield
+
+
+class _Bars(io.TextIOBase):
+    """Takes stderr's place: swallows tqdm's bars, and passes on whatever else is written."""
+
+    def __init__(self, stream: TextIO, tell: Callable[[str], None]) -> None:
+        self._stream = stream
+        self._tell = tell
+        self._title = ""
+
+    def write(self, text: str) -> int:
+        if "%|" in text:
+            title = text.split(":")[0].strip()
+            if title != self._title:
+                self._title = title
+                self._tell(title)
+        elif text.strip():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
