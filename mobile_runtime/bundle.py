@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -136,7 +137,8 @@ class BundleWriter:
 
     Use as a context manager: put files under `.path`, then call `commit`. Leaving without a
     commit, by an error or a kill signal that Python sees, removes the temporary folder; what a
-    hard kill leaves is a hidden `.NAME.*.partial` folder, which the next writer removes.
+    hard kill leaves is a hidden `.NAME.PID.*.partial` folder, which the next writer removes, and
+    `.NAME.PID.*.old.partial`, the old bundle on its way out, which it puts back.
     """
 
     def __init__(self, output: Path, force: bool = False) -> None:
@@ -147,6 +149,7 @@ class BundleWriter:
     @staticmethod
     def check_free(output: Path, force: bool) -> None:
         """Refuse an output that exists (or cannot be replaced safely) before any heavy work."""
+        _clean_up_after_the_dead(output)
         if not output.exists() and not output.is_symlink():
             return
         if not force:
@@ -164,7 +167,6 @@ class BundleWriter:
         parent = self.output.absolute().parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers(parent)
             self.path = Path(
                 tempfile.mkdtemp(
                     prefix=f".{self.output.name}.{os.getpid()}.", suffix=".partial", dir=parent
@@ -174,12 +176,6 @@ class BundleWriter:
             raise UserError(f"cannot write to {parent}: {error.strerror}") from error
         self.path.chmod(0o755)
         return self
-
-    def _remove_leftovers(self, parent: Path) -> None:
-        for leftover in parent.glob(f".{self.output.name}.*.partial"):
-            pid = leftover.name.removeprefix(f".{self.output.name}.").split(".")[0]
-            if not (pid.isdigit() and _alive(int(pid))):
-                shutil.rmtree(leftover, ignore_errors=True)
 
     def hash_files(self) -> tuple[FileEntry, ...]:
         """Every file now under `.path`, with its size and hash, sorted by path."""
@@ -198,14 +194,17 @@ class BundleWriter:
         text = manifest.model_dump_json(indent=1, exclude_none=False) + "\n"
         (self.path / MANIFEST).write_text(text, encoding="utf-8")
         retired = None
-        if self.output.exists():
+        if self.force and self.output.exists():
             retired = Path(f"{self.path}".removesuffix(".partial") + ".old.partial")
             self.output.rename(retired)
         try:
             self.path.rename(self.output)
-        except OSError:
+        except BaseException as error:
             if retired is not None:
                 retired.rename(self.output)
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                # Another writer was first; replacing its bundle would need --force.
+                self.check_free(self.output, force=False)
             raise
         if retired is not None:
             shutil.rmtree(retired)
@@ -235,6 +234,22 @@ class BundleWriter:
         parent = self.output.absolute().parent
         little = parent.is_dir() and shutil.disk_usage(parent).free < LITTLE_SPACE_BYTES
         return little or "no space left" in str(error).lower()
+
+
+def _clean_up_after_the_dead(output: Path) -> None:
+    """Remove what killed writers of this output left; put back a bundle that they had moved."""
+    parent = output.absolute().parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        return
+    ours = re.compile(rf"\.{re.escape(output.name)}\.(\d+)\.[^.]+(\.old)?\.partial")
+    for leftover in list(parent.iterdir()):
+        match = ours.fullmatch(leftover.name)
+        if match is None or _alive(int(match[1])):
+            continue
+        if match[2] and not output.exists():
+            leftover.rename(output)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

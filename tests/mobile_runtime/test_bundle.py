@@ -1,0 +1,340 @@
+"""A bundle is whole and unchanged, or it does not open; writing one is all or nothing."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mobile_runtime.bundle import Bundle, BundleWriter
+from mobile_runtime.errors import BundleError, UserError, run_cli
+from tests.bundles import make_bundle
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return make_bundle(tmp_path / "bundle")
+
+
+def edit_manifest(bundle: Bundle, **changes: Any) -> None:
+    """Write the manifest anew with top-level keys replaced; the file stays valid JSON."""
+    path = bundle.path / "manifest.json"
+    data = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def files_of(bundle: Bundle) -> list[dict[str, Any]]:
+    return [entry.model_dump() for entry in bundle.manifest.files]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_whole_bundle_opens_and_tells_its_components_and_goldens(bundle: Bundle) -> None:
+    opened = Bundle.open(bundle.path)
+    assert opened.manifest == bundle.manifest
+    assert opened.component("unet").inputs[0].shape == (2, 4, 8, 8)
+    assert "0/in/sample" in opened.golden("golden/unet.safetensors")
+    with pytest.raises(UserError, match="unknown component 'vae'; choose one of: text_encoder"):
+        opened.component("vae")
+
+
+def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json"):
+        Bundle.open(tmp_path)
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Bundle.open(tmp_path / "nowhere")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_flipped_byte_in_any_file_is_found(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    made = make_bundle(tmp_path_factory.mktemp("bundles") / "bundle")
+    entry = data.draw(st.sampled_from(made.manifest.files))
+    position = data.draw(st.integers(0, entry.bytes - 1))
+    flip = data.draw(st.integers(1, 255))
+    content = bytearray(made.file(entry.path).read_bytes())
+    content[position] ^= flip
+    made.file(entry.path).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{entry.path} has changed since it was made"):
+        Bundle.open(made.path)
+
+
+def test_a_missing_file_is_named(bundle: Bundle) -> None:
+    bundle.file("unet/model.onnx").unlink()
+    with pytest.raises(BundleError, match=r"unet/model\.onnx is missing"):
+        Bundle.open(bundle.path)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_shortened_file_is_named_even_without_hashing(bundle: Bundle, verify: bool) -> None:
+    path = bundle.file("unet/model.onnx")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"unet/model\.onnx has \d+ bytes, not \d+"):
+        Bundle.open(bundle.path, verify=verify)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../outside", "/etc/passwd", "unet/../../outside", "..", "unet\\..\\..\\outside", "", "a\0b"],
+)
+def test_a_path_that_points_outside_is_refused(bundle: Bundle, path: str) -> None:
+    files = files_of(bundle)
+    (bundle.path.parent / "outside").write_text("secret")
+    edit_manifest(bundle, files=[*files, files[0] | {"path": path}])
+    with pytest.raises(BundleError, match="points outside the bundle"):
+        Bundle.open(bundle.path)
+
+
+def test_a_link_that_leads_outside_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    inside = bundle.file("unet/model.onnx")
+    outside = tmp_path / "model.onnx"
+    inside.rename(outside)
+    inside.symlink_to(outside)
+    with pytest.raises(BundleError, match="points outside the bundle"):
+        Bundle.open(bundle.path)
+
+
+def test_a_linked_folder_that_leads_outside_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    (bundle.path / "unet").rename(tmp_path / "unet")
+    (bundle.path / "unet").symlink_to(tmp_path / "unet")
+    with pytest.raises(BundleError, match="points outside the bundle"):
+        Bundle.open(bundle.path)
+
+
+def test_a_bundle_opens_through_a_link_to_it(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bundle.path)
+    assert Bundle.open(tmp_path / "link").manifest == bundle.manifest
+
+
+def test_a_newer_schema_asks_for_an_update(bundle: Bundle) -> None:
+    edit_manifest(bundle, schema_version=2, brand_new_key=1)
+    with pytest.raises(BundleError, match=r"schema 2.*knows up to 1; update pocket-diffusion"):
+        Bundle.open(bundle.path)
+
+
+def test_two_faults_in_a_manifest_are_told_together(bundle: Bundle) -> None:
+    edit_manifest(bundle, misspelt=1, target="windows")
+    with pytest.raises(BundleError) as error:
+        Bundle.open(bundle.path)
+    assert "misspelt: Extra inputs are not permitted" in str(error.value)
+    assert "target: Input should be 'onnx', 'coreml' or 'executorch'" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1, 2]", b"\xff\xfe", b'{"schema_version": "1"}', b""])
+def test_a_manifest_that_is_none_is_one_sentence(bundle: Bundle, content: bytes) -> None:
+    (bundle.path / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"manifest\.json (is not valid JSON|does not hold)"):
+        Bundle.open(bundle.path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(content=st.binary(max_size=200) | st.text(max_size=100).map(json.dumps).map(str.encode))
+def test_no_manifest_content_escapes_as_another_error(
+    content: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("bundles")
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError):
+        Bundle.open(folder)
+
+
+def test_a_model_that_is_not_among_the_hashed_files_is_refused(bundle: Bundle) -> None:
+    files = [entry for entry in files_of(bundle) if entry["path"] != "unet/model.onnx"]
+    edit_manifest(bundle, files=files)
+    with pytest.raises(BundleError, match=r"unet/model\.onnx is named but not among its files"):
+        Bundle.open(bundle.path)
+
+
+def test_damaged_goldens_are_told_by_name(bundle: Bundle) -> None:
+    bundle.file("golden/unet.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(BundleError, match=r"golden/unet\.safetensors cannot be read"):
+        bundle.golden("golden/unet.safetensors")
+
+
+def test_an_existing_output_is_kept_and_replaced_only_with_force(bundle: Bundle) -> None:
+    before = bundle.manifest_sha256
+    with pytest.raises(UserError, match=r"already exists; choose another --output, or .*--force"):
+        make_bundle(bundle.path, steps=(1,))
+    assert Bundle.open(bundle.path).manifest_sha256 == before
+    make_bundle(bundle.path, steps=(1,), force=True)
+    assert Bundle.open(bundle.path).manifest.schedules[0].steps == 1
+    assert names_in(bundle.path.parent) == ["bundle"]
+
+
+def test_force_does_not_replace_what_is_not_a_bundle(tmp_path: Path) -> None:
+    holiday = tmp_path / "holiday"
+    holiday.mkdir()
+    (holiday / "photo.jpg").write_text("irreplaceable")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(holiday)
+    for output in ("holiday", "file", "link"):
+        with pytest.raises(UserError, match="not a bundle, so --force will not replace it"):
+            make_bundle(tmp_path / output, force=True)
+    assert (holiday / "photo.jpg").read_text() == "irreplaceable"
+
+
+def test_an_output_under_a_file_is_a_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot write to"):
+        make_bundle(tmp_path / "file" / "bundle")
+
+
+def fail_in_the_middle(output: Path) -> None:
+    with BundleWriter(output) as writer:
+        (writer.path / "model").write_text("half")
+        raise RuntimeError("in the middle")
+
+
+def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail_in_the_middle(tmp_path / "bundle")
+    assert names_in(tmp_path) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from mobile_runtime.bundle import BundleWriter
+with BundleWriter(Path(sys.argv[1]), force=True) as writer:
+    (writer.path / "model").write_text("half")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+def start_writer(output: Path) -> "subprocess.Popen[str]":
+    """A writer in a process of its own, stopped in the middle of its work."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(output)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_killed_writer_leaves_no_half_bundle_and_the_next_one_cleans_up(
+    tmp_path: Path, exists: bool
+) -> None:
+    output = tmp_path / "bundle"
+    if exists:
+        before = make_bundle(output).manifest_sha256
+    process = start_writer(output)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if exists:
+        assert Bundle.open(output).manifest_sha256 == before
+    else:
+        assert not output.exists()
+    make_bundle(output, force=True)
+    assert names_in(tmp_path) == ["bundle"]
+
+
+def test_a_writer_removes_no_leftovers_of_an_output_with_a_longer_name(tmp_path: Path) -> None:
+    process = start_writer(tmp_path / "bundle.v2")
+    try:
+        make_bundle(tmp_path / "bundle")
+        assert len(list(tmp_path.glob(".bundle.v2.*.partial/model"))) == 1
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_writer_leaves_the_first_ones_work_alone(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    process = start_writer(output)
+    try:
+        make_bundle(output)
+        assert len(list(tmp_path.glob(".bundle.*.partial/model"))) == 1
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_of_two_writers_without_force_the_later_one_does_not_replace(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    first = make_bundle(tmp_path / "first")
+    with BundleWriter(output) as writer:
+        for entry in first.manifest.files:
+            copy = writer.path / entry.path
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(first.file(entry.path).read_bytes())
+        other = make_bundle(output, steps=(1,)).manifest_sha256
+        with pytest.raises(UserError, match="already exists"):
+            writer.commit(first.manifest)
+    assert Bundle.open(output).manifest_sha256 == other
+    assert names_in(tmp_path) == ["bundle", "first"]
+
+
+def test_a_kill_between_the_two_renames_loses_no_bundle(
+    tmp_path: Path,
+) -> None:
+    """With --force the old bundle steps aside first; a kill right then must not lose it."""
+    output = tmp_path / "bundle"
+    before = make_bundle(output).manifest_sha256
+    script = f"""
+import os, signal
+from pathlib import Path
+from tests.bundles import make_bundle
+rename = Path.rename
+def killed(self, target):
+    done = rename(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return done
+Path.rename = killed
+make_bundle(Path({str(output)!r}), steps=(1,), force=True)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert run.returncode == -signal.SIGKILL
+    with BundleWriter(output, force=True):
+        pass  # the next run starts, and stops without having made anything
+    assert Bundle.open(output).manifest_sha256 == before
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: Path, *_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    code = run_cli(lambda _: int(bool(make_bundle(tmp_path / "bundle"))), [])
+    assert code == 2
+    assert f"the disk of {tmp_path} is full; free space" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_really_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """The kernel's own limit on file sizes stands for the disk's end."""
+    script = f"""
+import resource, signal
+from pathlib import Path
+from tests.bundles import make_bundle
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+make_bundle(Path({str(tmp_path / "bundle")!r}))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "File too large" in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_bundle_is_readable_by_others(bundle: Bundle) -> None:
+    assert bundle.path.stat().st_mode & 0o777 == 0o755
+    assert time.time() - bundle.path.stat().st_mtime < 60
