@@ -37,10 +37,12 @@ def max_abs_scale(weight: Tensor) -> Tensor:
 
     weight: (channels, ...) float32, finite. Returns (channels,) float32, finite and positive.
     """
-    peak = weight.flatten(1).abs().amax(dim=1)
+    low, high = weight.flatten(1).aminmax(dim=1)
+    peak = torch.maximum(-low, high)
     # Below the smallest normal number 1 / scale would overflow.
     scale = (peak / QUANT_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.where(peak > 0, scale, torch.ones_like(scale))
+    # Asked this way, NaN and Inf stay in the scale, where `run` sees them.
+    return torch.where(peak == 0, torch.ones_like(scale), scale)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,7 +338,11 @@ def run(pipeline: Any, settings: QuantizeSettings) -> tuple[Any, list[LayerPlan]
             kept += 1
             bytes_after += module.weight.numel() * 4
             continue
-        integers, scale = quantize_weight(_finite(module.weight, plan.layer))
+        integers, scale = quantize_weight(module.weight)
+        if not bool(torch.isfinite(scale).all()):
+            raise UserError(
+                f"the weight of {plan.layer} holds NaN or Inf; the source's files are damaged"
+            )
         figure = weight_snr_db(module.weight, integers, scale)
         if figure is not None:
             snr_db[plan.layer] = figure
@@ -374,21 +380,17 @@ def _parents(
                     yield ".".join(p for p in (path, name, child) if p), (parent, child)
 
 
-def _finite(weight: Tensor, layer: str) -> Tensor:
-    if not bool(torch.isfinite(weight).all()):
-        raise UserError(f"the weight of {layer} holds NaN or Inf; the source's files are damaged")
-    return weight
-
-
 def weight_snr_db(weight: Tensor, integers: Tensor, scale: Tensor) -> float | None:
     """Signal to rounding noise of a quantized weight; None where nothing was lost (or all zero)."""
     signal = noise = 0.0
-    # Row by row in blocks, so that a large layer needs no second float copy.
-    for part in torch.arange(len(scale)).split(1024):
-        rows = weight[part].detach().float()
-        error = rows - integers[part] * scale[part].view(-1, *[1] * (rows.dim() - 1))
-        signal += float(rows.square().sum(dtype=torch.float64))
-        noise += float(error.square().sum(dtype=torch.float64))
+    # In blocks, so that a large layer needs no second float copy.
+    for rows, whole, step in zip(
+        weight.split(256), integers.split(256), scale.split(256), strict=True
+    ):
+        rows = rows.detach().float()
+        error = rows - whole * step.view(-1, *[1] * (rows.dim() - 1))
+        signal += float(torch.linalg.vector_norm(rows)) ** 2
+        noise += float(torch.linalg.vector_norm(error)) ** 2
     if signal == 0 or noise == 0:
         return None
     return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))

@@ -242,11 +242,11 @@ class Recipe(Strict):
     )
     stages: tuple[Stage, ...] = Field(default=(), strict=False)
     precision: Literal["auto", "float32", "float16"] = Field(
-        "auto",
+        default="auto",
         description="what the target computes in; auto: float16 on Core ML, float32 elsewhere",
     )
     golden_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        ("a photo of an astronaut riding a horse on mars",),
+        default=("a photo of an astronaut riding a horse on mars",),
         strict=False,
         min_length=1,
         description="the bundle holds a golden run of each, to be held against every runtime",

@@ -15,25 +15,28 @@ from typing import Any
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
 from recipes import quantize
-from recipes.schema import Activations, Recipe
+from recipes.schema import Activations, Recipe, Stage
 
 PLAN = "quantization_plan.json"
 
 
 @dataclass(frozen=True)
 class StageFunctions:
-    """What a stage does. `check` is cheap and refuses; `run` may work for hours.
+    """What a stage does. `check` and `plan` are cheap, and work on the meta device; `run` may
+    work for hours.
 
-    check(pipeline, settings) raises UserError. run(pipeline, settings) returns the pipeline (it
-    may change it in place), the plans of the layers that it decided on, and its record (JSON).
+    check(pipeline, settings) raises UserError. plan(pipeline, settings) tells what `run` would
+    decide for each layer. run(pipeline, settings) returns the pipeline (it may change it in place),
+    the plans of its layers, and its record (JSON).
     """
 
     check: Callable[[Any, Any], None]
+    plan: Callable[[Any, Any], list[LayerPlan]]
     run: Callable[[Any, Any], tuple[Any, list[LayerPlan], dict[str, Any]]]
 
 
 STAGES: dict[str, StageFunctions] = {
-    "quantize": StageFunctions(check=quantize.check, run=quantize.run),
+    "quantize": StageFunctions(check=quantize.check, plan=quantize.make_plan, run=quantize.run),
 }
 
 
@@ -60,6 +63,11 @@ def check(pipeline: Any, recipe: Recipe) -> None:
             faults.append(f"stages.{index}.{stage.name}: {error}")
     if faults:
         raise UserError("; ".join(faults))
+
+
+def plan(pipeline: Any, stage: Stage) -> list[LayerPlan]:
+    """What a stage would decide for each layer, without doing it."""
+    return STAGES[stage.name].plan(pipeline, stage.settings)
 
 
 def apply(
