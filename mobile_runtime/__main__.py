@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -204,6 +205,9 @@ def _check_free(paths: Sequence[Path], force: bool) -> None:
     for path in paths:
         if path.exists() and not force:
             raise UserError(f"{path} already exists; choose another --output, or add --force")
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise UserError(f"{above} is no folder that can be written to; choose another --output")
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:

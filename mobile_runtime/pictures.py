@@ -38,12 +38,13 @@ def write_png(path: Path, picture: np.ndarray, text: dict[str, str] | None = Non
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(stream.getvalue())
-        partial.replace(path)
+        try:
+            partial.write_bytes(stream.getvalue())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def contact_sheet(
