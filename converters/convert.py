@@ -14,7 +14,7 @@ from converters import components, golden, rewrites, support
 from converters.components import Component
 from converters.progress import Progress
 from converters.schedule import choose_scheduler, compile_schedule
-from converters.source import check_resolution, open_source
+from converters.source import Source, open_source
 from mobile_runtime.bundle import Bundle, BundleWriter
 from mobile_runtime.manifest import (
     ComponentEntry,
@@ -71,12 +71,12 @@ def convert(request: Request, progress: Progress) -> Bundle:
     scheme = support.scheme_for(request.target, request.recipe)
     recipe = support.adapt(request.recipe, scheme)
     target = target_module(request.target)
+    options = target.prepare(recipe, scheme)
     BundleWriter.check_free(request.output, request.force)
 
     progress(f"open {recipe.source.model}")
-    source = open_source(recipe.source.model, recipe.source.revision)
+    source = _open(recipe)
     pipeline = source.pipeline
-    check_resolution(pipeline, recipe.height, recipe.width)
     pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
     generation, schedules = compile_generation(pipeline, recipe)
     stages.check(pipeline, recipe)
@@ -94,13 +94,15 @@ def convert(request: Request, progress: Progress) -> Bundle:
         built = build_components(pipeline, recipe)
         vectors = golden.write(cases, built, make_pipeline, writer.path, progress)
 
-        target.write_extras(pipeline, writer.path, recipe.components)
+        if request.target == "onnx":
+            target.write_optimum_files(pipeline, writer.path, recipe.components)
         entries = []
-        source.pipeline = pipeline = None  # from here on each component is freed when it is done
+        info = source.info
+        del source, pipeline  # from here on each component is freed when it is done
         for name in recipe.components:
             inputs = cases.inputs[name]
             entries.append(
-                _lower(target, built.pop(name), inputs, recipe, scheme, plans, writer, progress)
+                _lower(target, built.pop(name), inputs, options, scheme, plans, writer, progress)
             )
             gc.collect()
 
@@ -111,7 +113,7 @@ def convert(request: Request, progress: Progress) -> Bundle:
                 target=request.target,
                 arithmetic=scheme.arithmetic,
                 tool_versions=tool_versions(),
-                source=source.info,
+                source=info,
                 recipe=recipe.resolved(),
                 stages=tuple(records),
                 notes=tuple(note for note in (scheme.note,) if note),
@@ -128,8 +130,15 @@ def convert(request: Request, progress: Progress) -> Bundle:
 
 
 def target_module(target: Target) -> Any:
-    """The module of a target: REWRITES, lower(), options(), write_extras(), check_layers()."""
+    """The module of a target: REWRITES, prepare(), lower(), and layer_check() where needed."""
     return importlib.import_module(TARGET_MODULES[target])
+
+
+def _open(recipe: Recipe, weights: bool = True) -> Source:
+    size = (recipe.height, recipe.width)
+    return open_source(
+        recipe.source.model, recipe.source.revision, resolution=size, weights=weights
+    )
 
 
 def compile_generation(
@@ -198,7 +207,7 @@ def _lower(
     target: Any,
     component: Component,
     inputs: list[dict[str, np.ndarray]],
-    recipe: Recipe,
+    options: Any,
     scheme: support.Scheme,
     plans: list[LayerPlan],
     writer: BundleWriter,
@@ -211,7 +220,6 @@ def _lower(
     rewritten = replace(component, module=rewrites.apply(component.module, target.REWRITES))
     program = components.export(rewritten)
     progress(f"lower {component.name}")
-    options = target.options(recipe, scheme)
     lowered = target.lower(rewritten, program, writer.path, options, progress.detail)
     del program, rewritten
     details = dict(lowered.details)
@@ -254,10 +262,9 @@ def dry_run(request: Request) -> str:
     """What `convert` would make: sizes, schemes and the support check, from configs alone."""
     scheme = support.scheme_for(request.target, request.recipe)
     recipe = support.adapt(request.recipe, scheme)
-    target_module(request.target).options(recipe, scheme)
+    target_module(request.target).prepare(recipe, scheme)
     BundleWriter.check_free(request.output, request.force)
-    pipeline = open_source(recipe.source.model, recipe.source.revision, weights=False).pipeline
-    check_resolution(pipeline, recipe.height, recipe.width)
+    pipeline = _open(recipe, weights=False).pipeline
     pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
     _, schedules = compile_generation(pipeline, recipe)
     stages.check(pipeline, recipe)

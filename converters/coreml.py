@@ -21,9 +21,11 @@ import torch
 from converters.components import Component
 from converters.lowered import Lowered
 from converters.quiet import bars_told, quiet
+from converters.support import Scheme
 from mobile_runtime.backends.mil.package import Package
 from mobile_runtime.backends.mil.values import Constant, parse_constant
 from mobile_runtime.errors import UserError, choices, missing_backend
+from recipes.schema import Recipe
 
 DeploymentTarget = Literal["iOS15", "iOS16", "iOS17", "iOS18"]
 ComputePrecision = Literal["float16", "float32"]
@@ -90,6 +92,14 @@ def check(options: CoreMLOptions, weights: Literal["float", "int8"] = "float") -
             f"the deployment target {target} ({macos}) has no compressed weights: "
             f"choose {first} or later, or a recipe without INT8"
         )
+
+
+def prepare(recipe: Recipe, scheme: Scheme) -> CoreMLOptions:
+    """The options that a recipe asks for, checked; UserError where coremltools is missing."""
+    options = CoreMLOptions(recipe.targets.coreml.deployment_target, scheme.arithmetic)
+    check(options, "int8" if scheme.name == "w8" else "float")
+    _coremltools()
+    return options
 
 
 def lower(
@@ -387,3 +397,9 @@ def _subnormal(scale: Constant) -> int:
 
 def _hash(array: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(array).data).digest()
+
+
+if __name__ == "__main__":
+    from converters.cli import run
+
+    run("coreml")

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.architectures import ARCHITECTURES, random_modules, write_clip_tokenizer
+from converters.architectures import (
+    ARCHITECTURES,
+    empty_modules,
+    random_modules,
+    write_clip_tokenizer,
+)
 from converters.diffusers_folder import (
     MODELS,
     assemble,
@@ -41,12 +46,18 @@ class Source:
 
 
 def open_source(
-    model: str, revision: str | None = None, *, resolution: tuple[int, int] | None = None
+    model: str,
+    revision: str | None = None,
+    *,
+    resolution: tuple[int, int] | None = None,
+    weights: bool = True,
 ) -> Source:
     """Open a Stable Diffusion 1.x or 2.x pipeline.
 
     model: hub id, diffusers folder, single .safetensors file, `embedded`, or `random:ARCH`.
     resolution: (height, width) to check against the configurations before any weight loads.
+    weights: False gives a random:ARCH pipeline on the meta device, for its sizes; the other
+    sources load what they have.
     Raises UserError with one sentence: what, where, and the ways out.
     """
     path = Path(model).expanduser()
@@ -60,7 +71,7 @@ def open_source(
     if model == "embedded":
         return _open_embedded(resolution)
     if model.startswith("random:"):
-        return _open_random(model, resolution)
+        return _open_random(model, resolution, weights)
     if path.is_file():
         pipeline, name = open_single_file(path, resolution)
         info = {"kind": "file", "id": path.name, "architecture": name}
@@ -93,7 +104,9 @@ def _open_embedded(resolution: tuple[int, int] | None) -> Source:
     return Source(pipeline, {"kind": "embedded", "id": "embedded", "weights_sha256": hashes})
 
 
-def _open_random(model: str, resolution: tuple[int, int] | None, seed: int = 0) -> Source:
+def _open_random(
+    model: str, resolution: tuple[int, int] | None, weights: bool, seed: int = 0
+) -> Source:
     import diffusers
     from transformers import CLIPTokenizer
 
@@ -109,7 +122,8 @@ def _open_random(model: str, resolution: tuple[int, int] | None, seed: int = 0) 
     # from_pretrained remembers the folder, which is gone.
     tokenizer.name_or_path = ""
     scheduler = getattr(diffusers, architecture.scheduler_class)(**architecture.scheduler)
-    unet, vae, text_encoder = random_modules(architecture, seed)
+    modules = random_modules(architecture, seed) if weights else empty_modules(architecture)
+    unet, vae, text_encoder = modules
     pipeline = assemble(unet, vae, text_encoder, tokenizer, scheduler)
     return Source(pipeline, {"kind": "random", "id": model, "seed": seed})
 
