@@ -107,8 +107,8 @@ def conclude(checks: tuple[Check, ...]) -> tuple[Verdict, str]:
         return "not_run", f"{_place(missing)} could not be checked: {missing.reason}"
     if not ran:
         return "not_run", "No model was run"
-    skipped = sum(check.status == "not_run" for check in checks)
-    note = f"; {skipped} not gated could not be run here" if skipped else ""
+    skipped = [f"{_place(c)} ({c.reason})" for c in checks if c.status == "not_run"]
+    note = f"; not run: {', '.join(skipped)}" if skipped else ""
     return "pass", f"All {len(gated)} gated checks passed{note}"
 
 

@@ -143,13 +143,16 @@ def _count_steps(bundle: Bundle, chosen: list[Runtime], prompts: list[int], repe
 
 @contextmanager
 def _bar(total: int, progress: bool) -> Iterator[Step]:
-    """A progress bar on stderr that names what is being run."""
-    with tqdm(
-        total=total, disable=not progress, delay=PROGRESS_AFTER_S, leave=False, unit="run"
-    ) as bar:
+    """A progress bar on stderr, where that is a terminal, that names what is being run."""
+    # disable=None: no bar where the output is not a terminal.
+    disable = None if progress else True
+    with tqdm(total=total, disable=disable, delay=PROGRESS_AFTER_S, leave=False, unit="run") as bar:
+        running = False
 
         def step(text: str) -> None:
-            bar.update()
+            nonlocal running
+            bar.update(int(running))  # what ran until now is done
+            running = True
             bar.set_description(text, refresh=False)
 
         yield step
