@@ -4,7 +4,8 @@ import argparse
 from typing import Any
 
 from mobile_runtime.errors import UserError
-from recipes.schema import RecipeError, parse_yaml
+from recipes.faults import RecipeError
+from recipes.strict_yaml import parse_yaml
 
 # Option: (the recipe's key, its placeholder, what it is, whether it is plain text).
 OPTIONS: dict[str, tuple[str, str, str, bool]] = {

@@ -5,9 +5,8 @@ A recipe file is YAML: first a comment with its purpose and the exact command, t
 """
 
 import copy
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -16,13 +15,14 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import ComponentName
+from recipes.faults import RecipeError, did_you_mean, validate
+from recipes.strict_yaml import parse_yaml
 
 FOLDER = Path(__file__).parent
 RANDOM_ARCHITECTURES = ("sd_turbo", "sd21", "sd15")
@@ -34,18 +34,6 @@ SchedulerName = Literal[
 ]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Side = Annotated[int, Field(ge=8, le=8192)]
-
-
-class RecipeError(UserError):
-    """A recipe with faults; `faults` holds one sentence for each."""
-
-    def __init__(self, where: str, faults: list[str]) -> None:
-        self.faults = faults
-        if len(faults) == 1:
-            super().__init__(f"{where}: {faults[0]}")
-        else:
-            told = "".join(f"\n  - {fault}" for fault in faults)
-            super().__init__(f"{where} has {len(faults)} faults:{told}")
 
 
 class Strict(BaseModel):
@@ -149,7 +137,7 @@ class QuantizeSettings(Strict):
                 found.append(
                     f"rules.{index}.layers: {rule.layers!r} begins with {head!r}, which is none of "
                     f"the stage's components ({', '.join(self.components)})"
-                    + _did_you_mean(head, list(self.components))
+                    + did_you_mean(head, list(self.components))
                 )
         return found
 
@@ -306,42 +294,6 @@ class Recipe(Strict):
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=100)
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without duplicate keys and without aliases (which can grow without bound)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not allowed", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                problem = f"the key {key!r} is not text; put it in quotes"
-            elif key in keys:
-                problem = f"the key {key!r} appears twice"
-            else:
-                keys.add(key)
-                continue
-            raise yaml.MarkedYAMLError(None, None, problem, key_node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse one YAML document; RecipeError with the line where it is not valid."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise RecipeError(where, [f"not valid YAML: {error.problem}{line}"]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(where, [f"not valid YAML: {error}"]) from None
-
-
 def names() -> list[str]:
     """The recipes that the package ships."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -356,7 +308,7 @@ def find(name_or_path: str) -> Path:
         if not path.is_file():
             raise UserError(f"there is no recipe file {path}; `python -m recipes list` shows names")
         return path
-    hint = _did_you_mean(name_or_path, names())
+    hint = did_you_mean(name_or_path, names())
     raise UserError(
         f"unknown recipe {name_or_path!r}{hint}; choose one of: {', '.join(names())}, "
         "or give the path of a .yaml file"
@@ -367,6 +319,18 @@ def purpose(path: Path) -> str:
     """The first line of a recipe file's opening comment."""
     first = path.read_text(encoding="utf-8").split("\n", 1)[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+# Stand in for a faulty value that has no default, so that the search for faults can go on.
+_STAND_INS = {
+    "name": "recipe",
+    "source": {"model": "embedded"},
+    "model": "embedded",
+    "resolution": 512,
+    "layers": "*",
+    "weights": "int8",
+    "reason": "none",
+}
 
 
 def load(name_or_path: str, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -399,7 +363,7 @@ def parse(data: Any, overrides: dict[str, Any] | None = None, where: str = "reci
         fault = _override(data, key, value)
         if fault:
             faults.append(fault)
-    recipe, more = _validate(data)
+    recipe, more = validate(Recipe, data, _STAND_INS)
     if faults or more or recipe is None:
         raise RecipeError(where, faults + more)
     return recipe
@@ -420,7 +384,7 @@ def _override(data: dict[str, Any], dotted: str, value: Any) -> str | None:
                 here, place = here[keyed[0]], part
             else:
                 known = [str(key) for item in here if isinstance(item, dict) for key in item]
-                return f"{dotted}: the list has no entry {part!r}" + _did_you_mean(part, known)
+                return f"{dotted}: the list has no entry {part!r}" + did_you_mean(part, known)
         elif not isinstance(here, dict):
             return f"{dotted}: {'.'.join(parts[:depth])} is a single value and has no keys"
         if last:
@@ -429,122 +393,3 @@ def _override(data: dict[str, Any], dotted: str, value: Any) -> str | None:
             here[place] = {}
         here = here[place]
     return None
-
-
-# Stand in for a faulty value that has no default, so that the search for faults can go on.
-_STAND_INS = {
-    "name": "recipe",
-    "source": {"model": "embedded"},
-    "model": "embedded",
-    "resolution": 512,
-    "layers": "*",
-    "weights": "int8",
-    "reason": "none",
-}
-
-
-def _validate(data: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
-    """Check single values first, then, with the faulty ones set aside, what must fit together."""
-    faults: list[str] = []
-    aside: list[tuple[Any, ...]] = []
-    while True:
-        try:
-            return Recipe.model_validate(data), faults
-        except ValidationError as error:
-            problems = error.errors(include_url=False)
-        changed = False
-        for problem in problems:
-            location = problem["loc"]
-            # What fails only because a part of it was set aside is no fault of its own.
-            if not location or not any(known[: len(location)] == location for known in aside):
-                faults += _sentences(problem)
-            changed |= _set_aside(data, location)
-            aside.append(location)
-        if not changed:
-            return None, faults
-
-
-def _set_aside(data: Any, location: tuple[Any, ...]) -> bool:
-    """Remove a faulty value, or put a stand-in there; whether anything changed."""
-    # Taking one item out of a list would renumber the others.
-    while location and isinstance(location[-1], int):
-        location = location[:-1]
-    if not location:
-        return False
-    for part in location[:-1]:
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            return False  # an earlier problem has removed it
-    key = location[-1]
-    if not isinstance(data, dict):
-        return False
-    if key in _STAND_INS and data.get(key) != _STAND_INS[key]:
-        data[key] = copy.deepcopy(_STAND_INS[key])
-    elif key in data:
-        del data[key]
-    else:
-        return False
-    return True
-
-
-_PLAIN_WORDS = {
-    "model_type": "should be a mapping of keys",
-    "tuple_type": "should be a list",
-    "string_type": "should be text",
-    "string_pattern_mismatch": "should be letters, digits, '.', '_' and '-'",
-    "string_too_short": "should not be empty",
-    "int_type": "should be a whole number",
-    "float_type": "should be a number",
-    "bool_type": "should be true or false",
-}
-
-
-def _sentences(problem: Any) -> list[str]:
-    """One problem that pydantic found, as sentences with the dotted key in front."""
-    dotted = ".".join(str(part) for part in problem["loc"])
-    kind, given = problem["type"], problem["input"]
-    if kind == "extra_forbidden":
-        model = _model_at(problem["loc"][:-1])
-        known = list(model.model_fields) if model else []
-        hint = _did_you_mean(str(problem["loc"][-1]), known) or f"; known: {', '.join(known)}"
-        return [f"{dotted}: unknown key{hint}"]
-    if kind == "missing":
-        return [f"{dotted}: is missing"]
-    if kind == "value_error":
-        told = str(problem["ctx"]["error"]).split("\n")
-        return [f"{dotted}: {line}" if dotted else line for line in told]
-    if kind == "literal_error":
-        known = _literals(problem)
-        return [
-            f"{dotted}: {given!r} is not one of: {problem['ctx']['expected']}"
-            + (_did_you_mean(given, known) if isinstance(given, str) else "")
-        ]
-    message = _PLAIN_WORDS.get(kind, problem["msg"].removeprefix("Input "))
-    return [f"{dotted}: {given!r} {message}"]
-
-
-def _literals(problem: Any) -> list[str]:
-    return [word for word in problem["ctx"]["expected"].split("'") if word.strip(" ,or")]
-
-
-def _model_at(location: tuple[Any, ...]) -> type[BaseModel] | None:
-    """The recipe type that lies at a location of a validation error."""
-    model: type[BaseModel] | None = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part) if model else None
-        model = _model_in(field.annotation) if field else None
-    return model
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
-
-
-def _did_you_mean(given: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
