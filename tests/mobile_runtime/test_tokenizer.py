@@ -154,3 +154,30 @@ def test_broken_files_are_told_in_one_sentence(
             eos_token_id=2,
             pad_token_id=3,
         )
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("open_clip") is None,
+    reason="CLIP's own vocabulary comes with open_clip_torch, which is not installed",
+)
+@pytest.mark.parametrize("pad_token", ["!", END])
+def test_clips_own_vocabulary_gives_the_published_ids(tmp_path: Path, pad_token: str) -> None:
+    from transformers import CLIPTokenizer
+
+    from converters.architectures import write_clip_tokenizer
+
+    write_clip_tokenizer(tmp_path, pad_token)
+    theirs = CLIPTokenizer.from_pretrained(str(tmp_path))
+    ours = ClipTokenizer.from_files(
+        tmp_path / "vocab.json",
+        tmp_path / "merges.txt",
+        max_length=77,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=0 if pad_token == "!" else 49407,
+    )
+    ids = ours.encode("a photo of an astronaut riding a horse on mars")[0].tolist()
+    assert ids[:12] == [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 49407]
+    for text in [*PIECES, " ".join(PIECES), "Hyper-realistic 8K!!! (masterpiece:1.2), naïve café"]:
+        told = theirs(text, padding="max_length", truncation=True).input_ids
+        assert ours.encode(text)[0].tolist() == told
