@@ -1,0 +1,118 @@
+"""Stages run in order on a pipeline, and their result is an ordinary diffusers folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mobile_runtime.errors import UserError
+from recipes import schema, stages
+from recipes.quantize import QuantizedModule
+from recipes.schema import Recipe
+from tests.conftest import make_tiny_pipeline
+
+
+def recipe(*rules: dict[str, Any]) -> Recipe:
+    settings = {"rules": [{"weights": "float32", "reason": "test", **rule} for rule in rules]}
+    data = {"name": "x", "source": {"model": "embedded"}, "resolution": 64}
+    return schema.parse({**data, "stages": [{"quantize": settings}]})
+
+
+def test_a_recipe_without_stages_leaves_the_pipeline_alone(tiny_pipeline: Any) -> None:
+    plain = schema.parse({"name": "x", "source": {"model": "embedded"}, "resolution": 64})
+    pipeline, records, plans = stages.apply(tiny_pipeline, plain)
+    assert (pipeline, records, plans) == (tiny_pipeline, [], [])
+
+
+def test_each_stage_is_told_and_leaves_a_json_record() -> None:
+    told: list[str] = []
+    _, records, plans = stages.apply(make_tiny_pipeline(), recipe(), told.append)
+    assert told == ["quantize"]
+    assert [record["stage"] for record in records] == ["quantize"]
+    assert json.loads(json.dumps(records)) == records
+    assert len(plans) > 100
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_anything_changes() -> None:
+    pipeline = make_tiny_pipeline()
+    with pytest.raises(UserError, match=r"stages\.0\.quantize: .*unet\.nothing"):
+        stages.apply(pipeline, recipe({"layers": "unet.nothing"}))
+    assert not any(isinstance(module, QuantizedModule) for module in pipeline.unet.modules())
+
+
+def test_a_plan_is_what_running_decides() -> None:
+    pipeline = make_tiny_pipeline()
+    ruled = recipe({"layers": "unet.conv_*"})
+    planned = stages.plan(pipeline, ruled.stages[0])
+    assert stages.apply(pipeline, ruled)[2] == planned
+
+
+def test_a_target_can_ask_for_dynamic_activations() -> None:
+    asked = stages.with_activations(recipe(), "int8_dynamic")
+    assert asked.stages[0].settings.activations == "int8_dynamic"
+    plain = schema.parse({"name": "x", "source": {"model": "embedded"}, "resolution": 64})
+    assert stages.with_activations(plain, "int8_dynamic") == plain
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, list[Any]]:
+    pipeline, _, plans = stages.apply(make_tiny_pipeline(), recipe({"layers": "unet.conv_in"}))
+    folder = tmp_path_factory.mktemp("stages") / "deep" / "result"
+    stages.save(pipeline, plans, folder)
+    return pipeline, folder, plans
+
+
+def test_a_saved_result_opens_in_diffusers_and_computes_the_same(
+    saved: tuple[Any, Path, list[Any]],
+) -> None:
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+    pipeline, folder, _ = saved
+    loaded = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    assert type(loaded) is StableDiffusionPipeline
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([5.0]), torch.randn(1, 16, 32)
+    ids = torch.arange(16)[None]
+    assert torch.equal(loaded.unet.conv_out.weight, pipeline.unet.conv_out.weight)
+    with torch.no_grad():
+        for own, its in (
+            (pipeline.unet(x, t, text).sample, loaded.unet(x, t, text).sample),
+            (pipeline.vae.decode(x).sample, loaded.vae.decode(x).sample),
+            (pipeline.text_encoder(ids)[0], loaded.text_encoder(ids)[0]),
+        ):
+            torch.testing.assert_close(own, its, rtol=1e-5, atol=1e-5)
+    assert type(loaded.scheduler) is type(pipeline.scheduler)
+    assert torch.equal(loaded.scheduler.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
+    assert loaded.tokenizer("a tent").input_ids == pipeline.tokenizer("a tent").input_ids
+
+
+def test_the_plan_lies_beside_the_weights(saved: tuple[Any, Path, list[Any]]) -> None:
+    _, folder, plans = saved
+    assert stages.load_plans(folder) == plans
+    assert stages.load_plans(folder / "unet") == []
+    assert [path.name for path in folder.parent.iterdir()] == ["result"]
+
+
+def test_a_damaged_plan_is_told(tmp_path: Path) -> None:
+    (tmp_path / stages.PLAN).write_text('[{"layer": 3}]')
+    with pytest.raises(UserError, match="quantization plan"):
+        stages.load_plans(tmp_path)
+
+
+def test_an_existing_folder_is_never_overwritten(saved: tuple[Any, Path, list[Any]]) -> None:
+    pipeline, folder, plans = saved
+    with pytest.raises(UserError, match="already exists"):
+        stages.save(pipeline, plans, folder)
+
+
+def test_a_save_that_fails_leaves_nothing_behind(
+    tiny_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tiny_pipeline.tokenizer, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space"):
+        stages.save(tiny_pipeline, [], tmp_path / "result")
+    assert list(tmp_path.iterdir()) == []
