@@ -262,9 +262,7 @@ class _KeepFloat32:
         signature = program.graph_signature
         layers = {
             name: path.rpartition(".")[0]
-            for name, path in (
-                signature.inputs_to_parameters | signature.inputs_to_buffers
-            ).items()
+            for name, path in (signature.inputs_to_parameters | signature.inputs_to_buffers).items()
         }
         matched = {name for name, layer in layers.items() if self._matches(layer)}
         dequantized = {
@@ -383,9 +381,11 @@ def _float32_ops(operations: Any) -> dict[str, int]:
 
 def _element_type(value: Any) -> str:
     tensor = value.type.tensorType
-    return tensor.DESCRIPTOR.fields_by_name["dataType"].enum_type.values_by_number[
-        tensor.dataType
-    ].name
+    return (
+        tensor.DESCRIPTOR.fields_by_name["dataType"]
+        .enum_type.values_by_number[tensor.dataType]
+        .name
+    )
 
 
 def _subnormal(scale: Constant) -> int:

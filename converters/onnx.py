@@ -1,0 +1,347 @@
+"""ONNX: an exported component becomes `COMPONENT/model.onnx` for ONNX Runtime.
+
+INT8 weights stay INT8 initializers, each behind a DequantizeLinear. The bundle's folder is laid
+out as Optimum's `ORTDiffusionPipeline.from_pretrained` expects (`write_optimum_files`).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from converters import components as exporting
+from converters.components import Component, share_structure
+from converters.lowered import Lowered
+from converters.quiet import quiet
+from converters.support import Scheme
+from mobile_runtime.errors import UserError, choices, missing_backend
+from recipes.schema import Recipe
+
+Precision = Literal["float32", "float16"]
+OPSETS = tuple(range(18, 24))
+
+# The exact rewrites (converters/rewrites.py) that this target asks for: none, ONNX takes the graph
+# as it is.
+REWRITES: tuple[str, ...] = ()
+
+# One protobuf message, and one flatbuffer, holds less than 2 GiB; some room is for the graph.
+LIMIT_BYTES = 2**31 - 2**26
+# onnxruntime rounds activations to INT8 where it fuses an INT8 weight into MatMulNBits (43 dB where
+# the weights alone give 120). Accuracy level 1 keeps them in float32.
+EXACT_SESSION = {"session.qdq_matmulnbits_accuracy_level": "1"}
+# This optimizer's result runs on x86 alone.
+X86_ONLY_OPTIMIZERS = ("NchwcTransformer",)
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """How to lower to ONNX.
+
+    opset: of the ai.onnx domain; 18 is what the exporter writes itself, later ones are converted.
+    ort_format: write `model.ort` instead of `model.onnx`, optimized ahead for any CPU, and beside
+    the components `required_operators.config` and `required_operators_and_types.config` for
+    onnxruntime's `build.py --include_ops_by_config`. Optimum does not open such a folder.
+    precision: float16 stores weights and computes in fp16 (inputs, outputs and the timestep's
+    sinusoid stay float32); it is for GPUs and NPUs, onnxruntime's CPU casts around each operator.
+    """
+
+    opset: int = 18
+    ort_format: bool = False
+    precision: Precision = "float32"
+
+
+def options(recipe: Recipe, scheme: Scheme) -> OnnxOptions:
+    """What a recipe and its scheme ask for."""
+    own = recipe.targets.onnx
+    return OnnxOptions(own.opset, own.ort_format, scheme.arithmetic)
+
+
+def lower(
+    component: Component,
+    program: torch.export.ExportedProgram,
+    folder: Path,
+    options: OnnxOptions | None = None,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> Lowered:
+    """Convert one exported component to `folder`/NAME/model.onnx, and check the file.
+
+    program: what `components.export(component)` gave. progress: told what is being done. Over 2 GB
+    the weights go to one file beside the model, `model.onnx.data`.
+    Raises UserError for what the target cannot do.
+    """
+    options = options or OnnxOptions()
+    _check(component, program, options)
+    ir = _libraries()
+    if options.precision == "float16":
+        progress("export in float16")
+        program = exporting.export(_in_half(component))
+    progress("translate the graph")
+    # The exporter logs about torchvision; its parts warn about each other's old names.
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"):
+        translated = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=options.opset,
+            input_names=[spec.name for spec in component.inputs],
+            output_names=[spec.name for spec in component.outputs],
+            optimize=True,
+            verbose=False,
+        )
+    assert translated is not None  # what a dynamo export gives
+    model = translated.model
+    _tidy(ir, model)
+    path = folder / component.name / "model.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    progress("write the model")
+    weights_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    external = weights_bytes > LIMIT_BYTES
+    ir.save(model, path, external_data="model.onnx.data" if external else None)
+    details = {
+        "opset": options.opset,
+        "precision": options.precision,
+        "external_data": external,
+        "op_kinds": dict(sorted(Counter(node.op_type for node in model.graph).items())),
+        "int8_weights": _count_int8(ir, model),
+        "session_options": EXACT_SESSION,
+    }
+    del model, translated
+    progress("check the file")
+    _check_file(path, component, external)
+    if options.ort_format:
+        progress("convert to .ort")
+        path = _to_ort(path, folder)
+    return Lowered(path, path.suffix[1:], details)
+
+
+def write_extras(
+    pipeline: Any,
+    folder: Path,
+    components: Sequence[str],
+    resolution: tuple[int, int] | None = None,
+) -> None:
+    """What the bundle holds beside its models: see `write_optimum_files`."""
+    write_optimum_files(pipeline, folder, components, resolution)
+
+
+def write_optimum_files(
+    pipeline: Any,
+    folder: Path,
+    components: Sequence[str],
+    resolution: tuple[int, int] | None = None,
+) -> None:
+    """Write the files that let Optimum's `ORTDiffusionPipeline.from_pretrained` open the folder.
+
+    pipeline: the StableDiffusionPipeline whose components are lowered. components: their names.
+    resolution: height and width in pixels, where they are not the UNet's own.
+    Writes model_index.json, scheduler/, tokenizer/ and a config.json beside each model.
+
+    Shapes are static, so Optimum has to be called as the bundle was made: with guidance
+    (`guidance_scale` above 1) for a UNet of batch 2, without for batch 1, one picture a call.
+    """
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    modules = {
+        "text_encoder": pipeline.text_encoder,
+        "unet": pipeline.unet,
+        "vae_decoder": pipeline.vae,
+        "vae_encoder": pipeline.vae,
+    }
+    for name in components:
+        config = _config(modules[name])
+        if name == "unet" and resolution is not None:
+            factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+            config["sample_size"] = [side // factor for side in resolution]
+        _write_json(folder / name / "config.json", config)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": _config(pipeline.unet)["_diffusers_version"],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
+        "text_encoder": ["optimum.onnxruntime.modeling_diffusion", "ORTTextEncoder"],
+        "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
+        "unet": ["optimum.onnxruntime.modeling_diffusion", "ORTUnet"],
+        "vae": ["optimum.onnxruntime.modeling_diffusion", "ORTVae"],
+    }
+    _write_json(folder / "model_index.json", index)
+
+
+def _config(module: Any) -> dict[str, Any]:
+    """A module's configuration, without the folder that it came from."""
+    config = module.config
+    text = config.to_json_string() if hasattr(config, "to_json_string") else module.to_json_string()
+    return {key: value for key, value in json.loads(text).items() if key != "_name_or_path"}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _libraries() -> Any:
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            __import__(library)
+        except ImportError as error:
+            raise missing_backend(library, "onnx", "converting to ONNX") from error
+    import onnx_ir
+
+    return onnx_ir
+
+
+def _check(
+    component: Component, program: torch.export.ExportedProgram, options: OnnxOptions
+) -> None:
+    if options.opset not in OPSETS:
+        raise choices("opset", str(options.opset), [str(opset) for opset in OPSETS])
+    if options.precision not in get_args(Precision):
+        raise choices("precision", options.precision, list(get_args(Precision)))
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    quantized = {name for name in operators if name.startswith("quantized_decomposed.")}
+    if any("choose_qparams" in name for name in quantized):
+        raise UserError(
+            "the ONNX converter does not quantize activations as they come; use a recipe whose "
+            "quantize stage has activations: none"
+        )
+    if quantized and options.precision == "float16":
+        raise UserError(
+            "ONNX Runtime computes INT8 weights in float32: leave the precision on float32, or use "
+            "a recipe without INT8"
+        )
+    weights = component.module.state_dict().values()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    size //= 2 if options.precision == "float16" else 1
+    if options.ort_format and size > LIMIT_BYTES:
+        raise UserError(
+            f"{component.name} has {size / 1e9:.1f} GB of weights, and an .ort file holds less "
+            "than 2 GB: use a recipe with INT8 weights, or leave ort_format off"
+        )
+
+
+class _HalfInside(nn.Module):
+    """Runs a float16 module between float32 inputs and outputs.
+
+    A timestep is passed on as it is: diffusers computes its sinusoid in float32 and casts that.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.module = module
+        self.names = names
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        halved = [
+            tensor.half() if tensor.is_floating_point() and name != "timestep" else tensor
+            for name, tensor in zip(self.names, inputs, strict=True)
+        ]
+        return self.module(*halved).float()
+
+
+def _in_half(component: Component) -> Component:
+    """The component with its weights in float16."""
+    half = share_structure(
+        component.module, lambda tensor: tensor.half() if tensor.is_floating_point() else tensor
+    )
+    for name, tensor in half.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"the weight {name} of {component.name} does not fit float16; "
+                "convert with precision float32"
+            )
+    module = _HalfInside(half, [spec.name for spec in component.inputs])
+    return Component(component.name, module, component.inputs, component.outputs)
+
+
+def _tidy(ir: Any, model: Any) -> None:
+    """Drop what describes the making of the graph.
+
+    Metadata holds stack traces with paths of this machine. Shapes of values inside the graph can
+    be stale after optimization, and then quantization tools stop at the file.
+    """
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in outputs:
+                value.shape, value.type = None, None
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.name = "main_graph"
+
+
+def _count_int8(ir: Any, model: Any) -> int:
+    """INT8 initializers that a DequantizeLinear reads as data."""
+    weights = {
+        node.inputs[0].name
+        for node in model.graph
+        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer()
+    }
+    return sum(
+        value.const_value.dtype == ir.DataType.INT8 and name in weights
+        for name, value in model.graph.initializers.items()
+    )
+
+
+def _check_file(path: Path, component: Component, external: bool) -> None:
+    """Let onnx's checker read the file, and compare its tensors with the component's."""
+    import onnx
+
+    # By path, since a model with external data is too large for one message. The full check infers
+    # every shape, in memory, so it is left out for the largest.
+    onnx.checker.check_model(str(path), full_check=not external)
+    graph = onnx.load(str(path), load_external_data=False).graph
+    for spec, value in zip(
+        (*component.inputs, *component.outputs), (*graph.input, *graph.output), strict=True
+    ):
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_value for dim in tensor.shape.dim)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        if (value.name, shape, dtype) != (spec.name, spec.shape, spec.dtype):
+            raise RuntimeError(f"{path} declares {value.name} {dtype} {shape}, not {spec}")
+
+
+def _to_ort(path: Path, folder: Path) -> Path:
+    """Replace model.onnx by model.ort, and write anew what all .ort files of the folder need.
+
+    What `onnxruntime.tools.convert_onnx_models_to_ort` does in its Fixed style for phones, but
+    with float32 activations behind INT8 weights, which that tool cannot be asked for.
+    """
+    import onnxruntime
+    from onnxruntime.tools.ort_format_model import create_config_from_models
+
+    session = onnxruntime.SessionOptions()
+    session.log_severity_level = 3
+    session.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session.optimized_model_filepath = str(path.with_suffix(".ort"))
+    session.add_session_config_entry("session.save_model_format", "ORT")
+    for key, value in EXACT_SESSION.items():
+        session.add_session_config_entry(key, value)
+    onnxruntime.InferenceSession(
+        str(path),
+        session,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=list(X86_ONLY_OPTIMIZERS),
+    )
+    path.unlink()
+    models = sorted(folder.glob("*/model.ort"))
+    for name, types in (
+        ("required_operators.config", False),
+        ("required_operators_and_types.config", True),
+    ):
+        config = folder / name
+        create_config_from_models(models, config, types)
+        # The tool writes full paths into its comment.
+        text = config.read_text(encoding="utf-8").replace(f"{folder}/", "")
+        config.write_text(text, encoding="utf-8")
+    return path.with_suffix(".ort")
