@@ -55,10 +55,13 @@ class OnnxOptions:
     precision: Precision = "float32"
 
 
-def options(recipe: Recipe, scheme: Scheme) -> OnnxOptions:
-    """What a recipe and its scheme ask for."""
+def prepare(recipe: Recipe, scheme: Scheme) -> OnnxOptions:
+    """The options that a recipe asks for, checked, with ONNX's libraries there."""
+    _libraries()
     own = recipe.targets.onnx
-    return OnnxOptions(own.opset, own.ort_format, scheme.arithmetic)
+    options = OnnxOptions(own.opset, own.ort_format, scheme.arithmetic)
+    _check_options(options)
+    return options
 
 
 def lower(
@@ -75,7 +78,8 @@ def lower(
     Raises UserError for what the target cannot do.
     """
     options = options or OnnxOptions()
-    _check(component, program, options)
+    _check_options(options)
+    _check_fits(component, program, options)
     ir = _libraries()
     if options.precision == "float16":
         progress("export in float16")
@@ -116,16 +120,6 @@ def lower(
         progress("convert to .ort")
         path = _to_ort(path, folder)
     return Lowered(path, path.suffix[1:], details)
-
-
-def write_extras(
-    pipeline: Any,
-    folder: Path,
-    components: Sequence[str],
-    resolution: tuple[int, int] | None = None,
-) -> None:
-    """What the bundle holds beside its models: see `write_optimum_files`."""
-    write_optimum_files(pipeline, folder, components, resolution)
 
 
 def write_optimum_files(
@@ -196,13 +190,16 @@ def _libraries() -> Any:
     return onnx_ir
 
 
-def _check(
-    component: Component, program: torch.export.ExportedProgram, options: OnnxOptions
-) -> None:
+def _check_options(options: OnnxOptions) -> None:
     if options.opset not in OPSETS:
         raise choices("opset", str(options.opset), [str(opset) for opset in OPSETS])
     if options.precision not in get_args(Precision):
         raise choices("precision", options.precision, list(get_args(Precision)))
+
+
+def _check_fits(
+    component: Component, program: torch.export.ExportedProgram, options: OnnxOptions
+) -> None:
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     quantized = {name for name in operators if name.startswith("quantized_decomposed.")}
     if any("choose_qparams" in name for name in quantized):
@@ -345,3 +342,9 @@ def _to_ort(path: Path, folder: Path) -> Path:
         text = config.read_text(encoding="utf-8").replace(f"{folder}/", "")
         config.write_text(text, encoding="utf-8")
     return path.with_suffix(".ort")
+
+
+if __name__ == "__main__":
+    from converters.cli import run
+
+    run("onnx")
