@@ -6,18 +6,12 @@ single-file checkpoint is read with these configurations.
 """
 
 import gzip
-import importlib.util
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mobile_runtime.errors import UserError
-
-VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
-# The published file lists more merges than CLIP uses: 49408 - 2 * 256 byte tokens - 2 specials.
-MERGES = 48894
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -105,7 +99,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         vae=_VAE,
         text_encoder=_CLIP_H,
         scheduler_class="EulerDiscreteScheduler",
-        scheduler={**_BETAS, "timestep_spacing": "trailing"},
+        scheduler={**_BETAS, "timestep_spacing": "trailing", "steps_offset": 1},
         pad_token="!",
     ),
     "sd21": Architecture(
@@ -137,21 +131,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def clip_merges() -> list[str]:
-    """CLIP's byte-pair merges, from the file in the PyPI package open_clip_torch.
-
-    The package is found and not imported: importing it needs torchvision.
-    """
-    spec = importlib.util.find_spec("open_clip")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / VOCABULARY_FILE
-        if path.is_file():
-            lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-            return lines[1 : MERGES + 1]
-    # Not an extra: with its dependencies it would bring torchvision, of which no CPU build fits.
-    raise UserError(
-        "CLIP's vocabulary is read from the package open_clip_torch, which is not installed; "
-        "install its files alone with: pip install --no-deps open_clip_torch"
-    )
+    """CLIP's byte-pair merges, best first, each as two tokens with a space between."""
+    packed = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
+    return gzip.decompress(packed.read_bytes()).decode("utf-8").strip("\n").split("\n")[1:]
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str) -> None:

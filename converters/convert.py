@@ -95,7 +95,7 @@ def convert(request: Request, progress: Progress) -> Bundle:
         vectors = golden.write(cases, built, make_pipeline, writer.path, progress)
 
         if request.target == "onnx":
-            target.write_optimum_files(pipeline, writer.path, recipe.components)
+            target.write_optimum_files(pipeline, writer.path, recipe.components, recipe.resolution)
         entries = []
         info = source.info
         del source, pipeline  # from here on each component is freed when it is done

@@ -156,10 +156,6 @@ def test_broken_files_are_told_in_one_sentence(
         )
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("open_clip") is None,
-    reason="CLIP's own vocabulary comes with open_clip_torch, which is not installed",
-)
 @pytest.mark.parametrize("pad_token", ["!", END])
 def test_clips_own_vocabulary_gives_the_published_ids(tmp_path: Path, pad_token: str) -> None:
     from transformers import CLIPTokenizer
