@@ -4,6 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := bundles/pocket_int8-coreml
+PROMPTS := \
+	"a large red star in the center on navy" \
+	"a small cyan ring in the top left on a cream background" \
+	"a big yellow heart, bottom right, on plum" \
+	"on a mint background, a tiny purple diamond in the middle" \
+	"a large green cross in the upper right corner on gray" \
+	"a small orange triangle left of a large blue circle on cream" \
+	"a large pink square in the bottom left on navy" \
+	"a little red circle above a big yellow ring on gray"
 
 .PHONY: demo test lint bench clean
 
@@ -15,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 ## demo: the embedded model as a validated INT8 Core ML bundle, and pictures from it
 demo: $(INSTALLED)
 	$(BIN)/python -m converters.coreml --recipe pocket_int8 --output $(DEMO) --force
-	$(BIN)/python -m mobile_runtime generate $(DEMO) --demo --output bundles/demo --force
+	$(BIN)/python -m mobile_runtime generate $(DEMO) $(PROMPTS) --output bundles/demo --force
 
 ## test: linters and the default tests
 test: $(INSTALLED) lint

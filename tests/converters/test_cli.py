@@ -63,15 +63,14 @@ def test_a_layer_pattern_that_matches_nothing_is_named(capsys, tmp_path):
 
 
 def test_a_precision_that_the_target_lacks_says_what_it_can_do(capsys):
-    told = refused(
-        capsys, "executorch", "--recipe", "pocket_fp32", "--set", "precision=float16"
-    )
+    told = refused(capsys, "executorch", "--recipe", "pocket_fp32", "--set", "precision=float16")
     assert "XNNPACK" in told
     assert "float32" in told
 
 
 @pytest.mark.parametrize(
-    ("target", "library"), [("coreml", "coremltools"), ("executorch", "executorch"), ("onnx", "onnx")]
+    ("target", "library"),
+    [("coreml", "coremltools"), ("executorch", "executorch"), ("onnx", "onnx")],
 )
 def test_a_missing_library_says_how_to_install_it(capsys, monkeypatch, tmp_path, target, library):
     for name in [name for name in sys.modules if name.split(".")[0] == library]:
