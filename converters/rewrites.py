@@ -7,6 +7,7 @@ altogether: rows are split and scales are multiplied, never requantized.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import Timesteps, get_timestep_embedding
+from diffusers.models.embeddings import Timesteps
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings
@@ -114,7 +116,9 @@ class ExplicitClipAttention(nn.Module):
         query, key, value = (
             project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mask = None if causal_attention_mask is None else causal_attention_mask[0]
+        mask = causal_attention_mask
+        if mask is not None:
+            mask = mask.reshape(1, *mask.shape[-2:])
         return self.out_proj(attend(query, key, value, self.heads, mask)), None
 
 
@@ -175,24 +179,24 @@ class DecomposedGroupNorm(nn.Module):
     """
 
     group_mean: torch.Tensor
-    variance_bias: torch.Tensor
-    minus_one: torch.Tensor
+    eps: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
-        channels, groups = norm.num_channels, norm.num_groups
-        self.channels, self.groups = channels, groups
-        size = channels // groups
-        reference = norm.weight if norm.weight is not None else torch.zeros(1)
-        make = {"dtype": torch.float32, "device": reference.device}
-        self.weight = norm.weight if norm.affine else torch.ones(channels, **make)
-        self.bias = norm.bias if norm.affine else torch.zeros(channels, **make)
-        mean = torch.full((channels, size, 1, 1), 1 / size, **make)
-        self.register_buffer("group_mean", mean, persistent=False)
-        eps = torch.full((channels,), norm.eps, **make)
-        self.register_buffer("variance_bias", eps, persistent=False)
-        minus_one = torch.full((channels, 1, 1, 1), -1.0, **make)
-        self.register_buffer("minus_one", minus_one, persistent=False)
+        channels = norm.num_channels
+        self.channels, self.groups = channels, norm.num_groups
+        size = channels // norm.num_groups
+        weight = norm.weight.detach() if norm.affine else torch.ones(channels)
+        constants = {
+            "group_mean": torch.full((channels, size, 1, 1), 1 / size),
+            "eps": torch.full((channels,), norm.eps),
+            "scale": weight.reshape(channels, 1, 1, 1),
+            "bias": norm.bias.detach() if norm.affine else torch.zeros(channels),
+        }
+        for name, constant in constants.items():
+            self.register_buffer(name, constant, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) or (B, C, L) -> the same shape."""
@@ -201,11 +205,9 @@ class DecomposedGroupNorm(nn.Module):
         mean = F.conv2d(x.mean((2, 3), keepdim=True), self.group_mean, groups=self.groups)
         centred = x - mean
         power = (centred * centred).mean((2, 3), keepdim=True)
-        variance = F.conv2d(power, self.group_mean, self.variance_bias, groups=self.groups)
-        weight = self.weight.view(self.channels, 1, 1, 1)
-        scale = F.conv2d(variance.rsqrt(), weight, groups=self.channels)
-        shift = F.conv2d(mean * scale, self.minus_one, self.bias, groups=self.channels)
-        return x * scale + shift
+        variance = F.conv2d(power, self.group_mean, self.eps, groups=self.groups)
+        standard = centred * variance.rsqrt()
+        return F.conv2d(standard, self.scale, self.bias, groups=self.channels)
 
 
 def decomposed_group_norm(module: nn.Module) -> nn.Module:
@@ -287,10 +289,15 @@ def double(x: torch.Tensor) -> torch.Tensor:
     In channels-last order, a row of pixels beside itself on the channel axis is the wider row.
     """
     batch, channels, height, width = x.shape
-    pixels = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-    wide = torch.cat([pixels, pixels], -1).reshape(batch, height, 2 * width * channels)
-    tall = torch.cat([wide, wide], -1).reshape(batch, 2 * height, 2 * width, channels)
-    return tall.permute(0, 3, 1, 2)
+    pixels = x.permute(0, 2, 3, 1)
+    wide = _twice(pixels, (batch, height * width, channels))
+    tall = _twice(wide, (batch, height, 2 * width * channels))
+    return tall.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+
+def _twice(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """`x` beside itself on the last axis; two views, as XNNPACK joins no node to itself."""
+    return torch.cat([x.reshape(shape), x.reshape(shape)], -1)
 
 
 def upsample_by_concat(module: nn.Module) -> nn.Module:
@@ -300,39 +307,47 @@ def upsample_by_concat(module: nn.Module) -> nn.Module:
 
 
 class ConstantTimesteps(nn.Module):
-    """Sinusoidal timestep embedding with its frequencies computed once, for the first timestep.
-
-    The UNet repeats its one timestep over the batch; the embedding of one serves all, by
-    broadcasting, and costs the time path once.
-    """
+    """Sinusoidal timestep embedding whose frequencies are computed once."""
 
     frequencies: torch.Tensor
 
     def __init__(self, timesteps: Timesteps) -> None:
         super().__init__()
-        self.timesteps = timesteps
-        half = timesteps.num_channels // 2
-        if timesteps.num_channels % 2:
+        half, odd = divmod(timesteps.num_channels, 2)
+        if odd:
             raise UserError(
                 f"the UNet's timestep embedding has an odd width ({timesteps.num_channels}); "
                 "only even widths can be lowered here"
             )
-        exponent = torch.arange(half, dtype=torch.float32) * -9.210340371976184  # ln 10000
+        self.cosine_first = timesteps.flip_sin_to_cos
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32)
         exponent = exponent / (half - timesteps.downscale_freq_shift)
-        self.register_buffer(
-            "frequencies", exponent.exp()[None] * timesteps.scale, persistent=False
-        )
+        frequencies = exponent.exp()[None] * timesteps.scale
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """(B,) equal timesteps -> (1, D)."""
-        phase = timesteps[:1, None] * self.frequencies
-        parts = [phase.sin(), phase.cos()]
-        return torch.cat(parts[::-1] if self.timesteps.flip_sin_to_cos else parts, -1)
+        """(B,) -> (B, D)."""
+        phase = timesteps[:, None] * self.frequencies
+        sine, cosine = phase.sin(), phase.cos()
+        return torch.cat([cosine, sine] if self.cosine_first else [sine, cosine], -1)
+
+
+class OneTimestepUNet(UNet2DConditionModel):
+    """A UNet that embeds its one timestep once; broadcasting gives it to the whole batch."""
+
+    def get_time_embed(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        """timestep (1,) -> (1, D)."""
+        return self.time_proj(timestep)
 
 
 def constant_timesteps(module: nn.Module) -> nn.Module:
-    """Precompute the frequencies of the timestep embedding."""
-    return _replace(module, Timesteps, ConstantTimesteps)
+    """Precompute the frequencies of the timestep embedding, and embed a timestep once a call."""
+    for part in module.modules():
+        if type(part) is UNet2DConditionModel and type(part.time_proj) is Timesteps:
+            part.time_proj = ConstantTimesteps(part.time_proj)
+            # A class of the same attributes: only the one method differs.
+            part.__class__ = OneTimestepUNet
+    return module
 
 
 class GatheredEmbeddings(nn.Module):
@@ -355,8 +370,9 @@ class GatheredEmbeddings(nn.Module):
         table = self.token_embedding
         if not is_quantized(table):
             return table(input_ids) + self.positions
-        rows = F.embedding(input_ids, table.weight_int8).to(torch.float32)
-        scales = F.embedding(input_ids, table.weight_scale[:, None])
+        integers, scale = table.get_buffer("weight_int8"), table.get_buffer("weight_scale")
+        rows = F.embedding(input_ids, integers).to(torch.float32)
+        scales = F.embedding(input_ids, scale.unsqueeze(1))
         return rows * scales + self.positions
 
 
