@@ -67,12 +67,13 @@ def no_safetensors(component: str, files: list[str], where: str) -> str:
 
 
 def open_folder(
-    folder: Path, where: str, resolution: tuple[int, int] | None = None
+    folder: Path, where: str, resolution: tuple[int, int] | None = None, weights: bool = True
 ) -> tuple[Any, dict[str, str]]:
     """Open a diffusers folder; every check that needs no weights comes first.
 
     where: what messages call the folder. resolution: (height, width) to check against the
-    configurations. Returns the fp32 pipeline, and each weight file's SHA-256 by relative path.
+    configurations. weights: False leaves the modules on the meta device. Returns the fp32
+    pipeline, and each weight file's SHA-256 by relative path.
     """
     index = _read_json(folder / "model_index.json", where)
     _check_index(index, where)
@@ -85,23 +86,26 @@ def open_folder(
     for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"):
         if not (folder / name).is_file():
             raise UserError(f"{where}: {name} is missing; download the whole pipeline again")
-    weights: dict[str, str] = {}
-    variants: dict[str, str | None] = {}
-    for component in MODELS:
-        files, variants[component] = _weight_files(folder, component, where)
-        for file in files:
-            check_safetensors(file)
-            weights[file.relative_to(folder).as_posix()] = sha256(file)
-    modules = {
-        component: _load_module(folder, component, variants[component], where)
-        for component in MODELS
-    }
+    hashes: dict[str, str] = {}
+    modules: dict[str, Any] = {}
+    if weights:
+        variants: dict[str, str | None] = {}
+        for component in MODELS:
+            files, variants[component] = _weight_files(folder, component, where)
+            for file in files:
+                check_safetensors(file)
+                hashes[file.relative_to(folder).as_posix()] = sha256(file)
+        for component in MODELS:
+            modules[component] = _load_module(folder, component, variants[component], where)
+    else:
+        for component in MODELS:
+            modules[component] = _empty_module(component, configs[component], where)
     pipeline = assemble(
         **modules,
         tokenizer=_load_tokenizer(folder, where),
         scheduler=_load_scheduler(folder, index["scheduler"][1], where),
     )
-    return pipeline, weights
+    return pipeline, hashes
 
 
 def _read_json(path: Path, where: str) -> dict[str, Any]:
@@ -238,6 +242,17 @@ def _load_module(folder: Path, component: str, variant: str | None, where: str) 
             f"config.json asks for, e.g. {missing[0]}; download the whole pipeline again"
         )
     return module
+
+
+def _empty_module(component: str, config: dict[str, Any], where: str) -> Any:
+    import diffusers
+    import torch
+    import transformers
+
+    with told(f"{where}: {component}/config.json"), torch.device("meta"):
+        if component == "text_encoder":
+            return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(config))
+        return getattr(diffusers, MODELS[component][1]).from_config(config)
 
 
 def _load_tokenizer(folder: Path, where: str) -> Any:

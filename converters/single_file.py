@@ -64,13 +64,23 @@ def load_single_file(path: Path, architecture: Architecture) -> Any:
     """Read an original-format checkpoint into a pipeline of the given architecture, offline."""
     import torch
     from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     with tempfile.TemporaryDirectory() as folder:
         write_config_folder(architecture, Path(folder))
         with told(str(path)):
-            loaded = StableDiffusionPipeline.from_single_file(
-                str(path), config=folder, local_files_only=True, torch_dtype=torch.float32
-            )
+            try:
+                loaded = StableDiffusionPipeline.from_single_file(
+                    str(path), config=folder, local_files_only=True, torch_dtype=torch.float32
+                )
+            except SingleFileComponentError as error:
+                raise ValueError(str(error)) from error
+            except NotImplementedError as error:
+                # What the file lacks stays on the meta device, from which nothing can be copied.
+                raise ValueError("it lacks tensors that its network has") from error
+    for name in ("unet", "vae", "text_encoder"):
+        if any(tensor.is_meta for tensor in getattr(loaded, name).state_dict().values()):
+            raise UserError(f"{path} cannot be loaded: it lacks tensors of the {name}")
     loaded.tokenizer.name_or_path = ""
     return assemble(
         loaded.unet, loaded.vae, loaded.text_encoder, loaded.tokenizer, loaded.scheduler

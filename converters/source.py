@@ -30,7 +30,7 @@ from recipes.schema import RANDOM_ARCHITECTURES
 # Seconds to wait for the hub to answer before looking at the cache.
 HUB_TIMEOUT_S = 10
 WAYS_OUT = (
-    "download it on a machine with access (for a gated one after `huggingface-cli login`) and "
+    "download it on a machine with access (for a gated one after `hf auth login`) and "
     "pass the folder or .safetensors file as --model, or use --model embedded, "
     "or --model random:sd_turbo (real size, random weights)"
 )
@@ -56,8 +56,8 @@ def open_source(
 
     model: hub id, diffusers folder, single .safetensors file, `embedded`, or `random:ARCH`.
     resolution: (height, width) to check against the configurations before any weight loads.
-    weights: False gives a random:ARCH pipeline on the meta device, for its sizes; the other
-    sources load what they have.
+    weights: False gives the modules on the meta device, for their sizes, and neither downloads nor
+    reads weights (a single file is loaded all the same).
     Raises UserError with one sentence: what, where, and the ways out.
     """
     path = Path(model).expanduser()
@@ -69,7 +69,7 @@ def open_source(
     if local and revision is not None:
         raise UserError(f"--revision goes with a hub id, and {model} is none; remove it")
     if model == "embedded":
-        return _open_embedded(resolution)
+        return _open_embedded(resolution, weights)
     if model.startswith("random:"):
         return _open_random(model, resolution, weights)
     if path.is_file():
@@ -77,15 +77,15 @@ def open_source(
         info = {"kind": "file", "id": path.name, "architecture": name}
         return Source(pipeline, {**info, "weights_sha256": {path.name: sha256(path)}})
     if path.is_dir():
-        pipeline, weights = open_folder(path, str(path), resolution)
+        pipeline, hashes = open_folder(path, str(path), resolution, weights)
         info = {"kind": "folder", "id": path.resolve().name}
-        return Source(pipeline, {**info, "weights_sha256": weights})
+        return Source(pipeline, {**info, "weights_sha256": hashes})
     if looks_like_path or model.count("/") != 1:
         raise UserError(
             f"the source {model!r} is no folder or file, and no hub id (owner/name), embedded or "
             f"random:ARCH ({', '.join(RANDOM_ARCHITECTURES)})"
         )
-    return _open_hub(model, revision, resolution)
+    return _open_hub(model, revision, resolution, weights)
 
 
 def check_resolution(pipeline: Any, height: int, width: int) -> None:
@@ -93,14 +93,14 @@ def check_resolution(pipeline: Any, height: int, width: int) -> None:
     check_resolution_of(pipeline.unet.config, pipeline.vae.config, height, width)
 
 
-def _open_embedded(resolution: tuple[int, int] | None) -> Source:
-    weights = Path(str(importlib.resources.files("recipes.pocket").joinpath("weights")))
-    if not (weights / "model_index.json").is_file():
+def _open_embedded(resolution: tuple[int, int] | None, weights: bool) -> Source:
+    folder = Path(str(importlib.resources.files("recipes.pocket").joinpath("weights")))
+    if not (folder / "model_index.json").is_file():
         raise UserError(
             "this installation holds no embedded model (recipes/pocket/weights); install the "
             "package again, or train it with: python -m recipes.pocket train"
         )
-    pipeline, hashes = open_folder(weights, "the embedded model", resolution)
+    pipeline, hashes = open_folder(folder, "the embedded model", resolution, weights)
     return Source(pipeline, {"kind": "embedded", "id": "embedded", "weights_sha256": hashes})
 
 
@@ -128,7 +128,9 @@ def _open_random(
     return Source(pipeline, {"kind": "random", "id": model, "seed": seed})
 
 
-def _open_hub(model: str, revision: str | None, resolution: tuple[int, int] | None) -> Source:
+def _open_hub(
+    model: str, revision: str | None, resolution: tuple[int, int] | None, weights: bool
+) -> Source:
     """Ask the hub once for the commit; without an answer, take what the cache holds."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -146,7 +148,8 @@ def _open_hub(model: str, revision: str | None, resolution: tuple[int, int] | No
     try:
         found = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S)
         files = [sibling.rfilename for sibling in found.siblings or []]
-        patterns = [*CONFIGS, *_hub_weights(files, model)]
+        needed = _hub_weights(files, model)
+        patterns = [*CONFIGS, *(needed if weights else ())]
         folder = snapshot_download(
             model,
             revision=found.sha,
@@ -156,7 +159,7 @@ def _open_hub(model: str, revision: str | None, resolution: tuple[int, int] | No
         commit = found.sha
     except GatedRepoError:
         raise UserError(
-            f"{at} is gated: accept its licence on its hub page and run `huggingface-cli login`; "
+            f"{at} is gated: accept its licence on its hub page and run `hf auth login`; "
             f"or {WAYS_OUT}"
         ) from None
     except RevisionNotFoundError:
@@ -164,7 +167,7 @@ def _open_hub(model: str, revision: str | None, resolution: tuple[int, int] | No
     except RepositoryNotFoundError:
         raise UserError(
             f"the hub has no model {model}, or it is private: check the name, or run "
-            f"`huggingface-cli login`; or {WAYS_OUT}"
+            f"`hf auth login`; or {WAYS_OUT}"
         ) from None
     except HFValidationError as error:
         raise UserError(f"{model!r} is no hub id: {error}") from None
@@ -179,9 +182,9 @@ def _open_hub(model: str, revision: str | None, resolution: tuple[int, int] | No
                 f"({_reason(error)}); {WAYS_OUT}"
             ) from None
         commit = Path(folder).name
-    pipeline, weights = open_folder(Path(folder), at, resolution)
+    pipeline, hashes = open_folder(Path(folder), at, resolution, weights)
     info = {"kind": "hub", "id": model, "revision": commit}
-    return Source(pipeline, {**info, "weights_sha256": weights})
+    return Source(pipeline, {**info, "weights_sha256": hashes})
 
 
 def _reason(error: Exception) -> str:

@@ -50,7 +50,9 @@ def test_integers_and_scales_are_those_of_torch_ao() -> None:
     scale, zero_point = observer.calculate_qparams()
     integers, own_scale = quantize_weight(weight)
     torch.testing.assert_close(own_scale, scale, rtol=1e-6, atol=0)
-    reference = torch.fake_quantize_per_channel_affine(weight, own_scale, zero_point, 0, -127, 127)
+    reference = torch.fake_quantize_per_channel_affine(
+        weight, own_scale, zero_point.int(), 0, -127, 127
+    )
     assert torch.equal(integers * own_scale.view(-1, 1, 1, 1), reference)
 
 
