@@ -33,7 +33,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "navy": (24, 32, 78),
     "plum": (86, 26, 62),
 }
-SIZES: dict[str, float] = {"small": 8.0, "large": 13.5}
+SIZES: dict[str, float] = {"small": 9.0, "large": 13.5}
 """Radius in pixels."""
 PLACES: dict[str, tuple[int, int]] = {
     "center": (32, 32),
@@ -144,9 +144,9 @@ def draw_many(scenes: Sequence[Scene], rng: np.random.Generator) -> NDArray[np.u
             groups.setdefault(thing.shape, []).append(entry)
     for shape, entries in groups.items():
         rows = np.array([e[0] for e in entries])
-        x, y, radius = (np.array([e[i] for e in entries], np.float32) for i in (1, 2, 3))
+        placed = [np.array([e[i] for e in entries], np.float32) for i in (1, 2, 3)]
         ink = np.array([e[4] for e in entries], np.float32)[:, None, None]
-        alpha = coverage(shape, x, y, radius)[..., None]
+        alpha = coverage(shape, *placed)[..., None]
         # A scene can hold the same shape twice: add the change instead of assigning.
         np.add.at(canvas, rows, alpha * (ink - canvas[rows]))
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 
 SIDE = 64
 """Pixels a side of every picture."""
@@ -34,7 +35,9 @@ def square(x: Array, y: Array) -> Array:
 
 def diamond(x: Array, y: Array) -> Array:
     half_x, half_y = 0.82, 1.1
-    return (np.abs(x) / half_x + np.abs(y) / half_y - 1) * half_x * half_y / np.hypot(half_x, half_y)
+    return (
+        (np.abs(x) / half_x + np.abs(y) / half_y - 1) * half_x * half_y / np.hypot(half_x, half_y)
+    )
 
 
 def triangle(x: Array, y: Array) -> Array:
