@@ -1,6 +1,7 @@
 """The command that the three targets share: `python -m converters.TARGET --recipe NAME`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -69,8 +70,15 @@ def main(target: Target, argv: list[str]) -> int:
     arguments = parser_for(target).parse_args(argv)
     recipe = schema.load(arguments.recipe, _changes(arguments))
     # Torch and the target's library are imported only for a request that is right so far.
-    from converters.convert import Request, convert, dry_run
     from converters.progress import Progress
+    from converters.quiet import IMPORT_CHATTER, quiet
+
+    # diffusers sets its own level on import, to this.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    with quiet(*IMPORT_CHATTER):
+        import diffusers.pipelines.stable_diffusion  # noqa: F401
+
+        from converters.convert import Request, convert, dry_run
 
     output = arguments.output or Path("bundles") / f"{recipe.name}-{target}"
     request = Request(recipe, target, output, arguments.force, arguments.save_pipeline)

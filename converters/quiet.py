@@ -9,6 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 
+# What these say on import is about parts of theirs that nobody uses here (CUDA kernels, other
+# packages' versions), and a user would take it for trouble.
+IMPORT_CHATTER = ("torchao", "torch.utils._pytree", "transformers", "coremltools")
+
+
 @contextlib.contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
     """Hold back Python warnings, and what the named loggers say below ERROR."""

@@ -1,4 +1,4 @@
-"""`python -m converters.TARGET`: a wrong request is one sentence and exit code 2, and harms nothing."""
+"""`python -m converters.TARGET`: a wrong request is told in one sentence, and harms nothing."""
 
 import errno
 import os
