@@ -1,0 +1,67 @@
+"""The support table answers every request, and a refusal says what the target can do instead."""
+
+from itertools import product
+from typing import get_args
+
+import pytest
+
+from converters.support import (
+    SUPPORT,
+    Precision,
+    Refusal,
+    Scheme,
+    Weights,
+    adapt,
+    gates,
+    scheme_for,
+)
+from mobile_runtime.errors import UserError
+from mobile_runtime.manifest import Target
+from recipes import schema
+
+
+def test_the_table_has_every_cell():
+    requests = product(get_args(Target), get_args(Precision), get_args(Weights))
+    assert set(SUPPORT) == set(requests)
+
+
+@pytest.mark.parametrize("target", get_args(Target))
+@pytest.mark.parametrize("name", schema.names())
+def test_every_shipped_recipe_has_an_answer_for_every_target(name, target):
+    recipe = schema.load(name)
+    weights = "int8" if recipe.stages else "float"
+    if isinstance(SUPPORT[target, recipe.precision, weights], Refusal):
+        with pytest.raises(UserError, match=f"{target} cannot do .*; .* or "):
+            scheme_for(target, recipe)
+    else:
+        assert isinstance(scheme_for(target, recipe), Scheme)
+
+
+def test_int8_on_executorch_quantizes_activations_and_says_so():
+    recipe = schema.load("pocket_int8")
+    scheme = scheme_for("executorch", recipe)
+    assert scheme.activations == "int8_dynamic"
+    assert "XNNPACK has no weight-only INT8" in scheme.note
+    assert adapt(recipe, scheme).stages[0].quantize.activations == "int8_dynamic"
+    assert recipe.stages[0].quantize.activations == "none", "the user's recipe stays as it was"
+    told = gates(recipe, scheme)
+    assert told.component_snr_db is None
+    assert told.layer_snr_db == 45
+    assert told.picture_psnr_db == 40
+
+
+def test_weight_only_int8_is_gated_by_component():
+    recipe = schema.load("pocket_int8")
+    onnx = gates(recipe, scheme_for("onnx", recipe))
+    coreml = gates(recipe, scheme_for("coreml", recipe))
+    assert (onnx.component_snr_db, onnx.float16_snr_db) == (60, None)
+    assert (coreml.component_snr_db, coreml.float16_snr_db) == (60, 45)
+
+
+def test_a_recipe_may_replace_a_gate_or_switch_it_off():
+    changes = {"gates.picture_psnr_db": None, "gates.source_picture_psnr_db": 25.0}
+    recipe = schema.load("pocket_int8", changes)
+    told = gates(recipe, scheme_for("onnx", recipe))
+    assert told.picture_psnr_db is None
+    assert told.source_picture_psnr_db == 25
+    assert told.component_snr_db == 60
