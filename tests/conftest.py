@@ -1,5 +1,7 @@
 """Shared fixtures: tiny, seeded pipelines of the real classes, so that tests are quick."""
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -104,6 +106,34 @@ def make_tiny_tokenizer() -> Any:
             merges_file=f"{folder}/merges.txt",
             model_max_length=16,
         )
+
+
+def _no_cuda() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
+# marker -> why its tests cannot run here, or None
+REASONS: dict[str, Callable[[], str | None]] = {
+    "gpu": _no_cuda,
+    "macos": lambda: None if sys.platform == "darwin" else "needs Core ML on a Mac",
+    "device": lambda: "needs a phone or another computer; ask for it with -m device",
+    "full_size": lambda: "takes minutes and 14 GB; ask for it with -m full_size",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip, with its reason, what this machine cannot run or what was not asked for."""
+    asked = config.getoption("-m")
+    for item in items:
+        for marker, reason_of in REASONS.items():
+            if item.get_closest_marker(marker) is None or (
+                marker in ("device", "full_size") and marker in asked
+            ):
+                continue
+            if reason := reason_of():
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
