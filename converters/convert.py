@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from converters.source import Source, open_source
 from mobile_runtime.bundle import Bundle, BundleWriter
 from mobile_runtime.manifest import (
     ComponentEntry,
+    ComponentName,
     Generation,
     GoldenPrompt,
     LayerPlan,
@@ -227,7 +228,7 @@ def _lower(
         progress(f"check {component.name} layer by layer")
         details["layer_snr_db"] = target.layer_check(component, inputs[0], progress.detail)
     return ComponentEntry(
-        name=component.name,
+        name=cast(ComponentName, component.name),
         path=lowered.path.relative_to(writer.path).as_posix(),
         format=lowered.format,
         inputs=component.inputs,

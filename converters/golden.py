@@ -8,6 +8,7 @@ stages (`source`) and after them (`out`, same function).
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -42,14 +43,14 @@ class GoldenCases:
     """The inputs of every component's cases, and what the source made of them."""
 
     prompts: tuple[GoldenPrompt, ...]
-    inputs: dict[ComponentName, list[Arrays]] = field(default_factory=dict)
-    source: dict[ComponentName, list[Arrays]] = field(default_factory=dict)
+    inputs: dict[str, list[Arrays]] = field(default_factory=dict)
+    source: dict[str, list[Arrays]] = field(default_factory=dict)
     pairs: tuple[tuple[int, int], ...] = ()
     runs: list[Result] = field(default_factory=list)
 
 
 def record_source(
-    components: Mapping[ComponentName, Component],
+    components: Mapping[str, Component],
     make_pipeline: Callable[[dict[str, Runner]], Pipeline],
     prompts: tuple[GoldenPrompt, ...],
     progress: Callable[[str], None],
@@ -109,16 +110,16 @@ def _spread(calls: list[tuple[Arrays, Arrays]]) -> list[tuple[Arrays, Arrays]]:
 
 
 def _add(cases: GoldenCases, name: str, inputs: Arrays, outputs: Arrays) -> None:
-    known = cases.inputs.setdefault(name, [])  # type: ignore[arg-type]
+    known = cases.inputs.setdefault(name, [])
     if any(all(np.array_equal(case[key], inputs[key]) for key in inputs) for case in known):
         return  # the negative prompt's embedding, say, is the same for every prompt
     known.append(inputs)
-    cases.source.setdefault(name, []).append(outputs)  # type: ignore[arg-type]
+    cases.source.setdefault(name, []).append(outputs)
 
 
 def _add_conditioning_pair(
     cases: GoldenCases,
-    components: Mapping[ComponentName, Component],
+    components: Mapping[str, Component],
     make_pipeline: Callable[[dict[str, Runner]], Pipeline],
 ) -> None:
     """Store the first UNet case again, with the empty prompt where the prompt was."""
@@ -136,7 +137,7 @@ def _add_conditioning_pair(
 
 def write(
     cases: GoldenCases,
-    components: Mapping[ComponentName, Component],
+    components: Mapping[str, Component],
     make_pipeline: Callable[[dict[str, Runner]], Pipeline],
     folder: Path,
     progress: Callable[[str], None],
@@ -147,7 +148,7 @@ def write(
     """
     (folder / "golden").mkdir()
     runners = {name: torch_runner(component) for name, component in components.items()}
-    paths: dict[ComponentName, str] = {}
+    paths: dict[str, str] = {}
     for name in components:
         progress(f"golden vectors: {name}, {len(cases.inputs[name])} cases")
         tensors: Arrays = {}
@@ -174,8 +175,8 @@ def write(
             tensors[f"{k}/fresh_noise"] = run.fresh_noise
     _save(tensors, folder / "golden/pipeline.safetensors")
     return Golden(
-        components=paths,
-        cases={name: len(cases.inputs[name]) for name in components},
+        components=cast(dict[ComponentName, str], paths),
+        cases=cast(dict[ComponentName, int], {name: len(cases.inputs[name]) for name in paths}),
         conditioning_pairs=cases.pairs,
         pipeline="golden/pipeline.safetensors",
         prompts=cases.prompts,
