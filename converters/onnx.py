@@ -98,7 +98,7 @@ def lower(
         )
     assert translated is not None  # what a dynamo export gives
     model = translated.model
-    _tidy(ir, model)
+    _tidy(model)
     path = folder / component.name / "model.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     progress("write the model")
@@ -256,25 +256,21 @@ def _in_half(component: Component) -> Component:
     return Component(component.name, module, component.inputs, component.outputs)
 
 
-def _tidy(ir: Any, model: Any) -> None:
+def _tidy(model: Any) -> None:
     """Drop what describes the making of the graph.
 
     Metadata holds stack traces with paths of this machine. Shapes of values inside the graph can
     be stale after optimization, and then quantization tools stop at the file.
     """
-    outputs = set(model.graph.outputs)
-    for node in model.graph:
-        node.metadata_props.clear()
+    graph = model.graph
+    inside = [value for node in graph for value in node.outputs] + [*graph.initializers.values()]
+    for value in set(inside) - set(graph.outputs):
+        value.shape, value.type = None, None
+    for node in graph:
         node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if value not in outputs:
-                value.shape, value.type = None, None
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.name = "main_graph"
+    for described in (*graph, *inside, *graph.inputs, graph, model):
+        described.metadata_props.clear()
+    graph.name = "main_graph"
 
 
 def _count_int8(ir: Any, model: Any) -> int:
@@ -337,7 +333,9 @@ def _to_ort(path: Path, folder: Path) -> Path:
         ("required_operators_and_types.config", True),
     ):
         config = folder / name
-        create_config_from_models(models, config, types)
+        # The tool leaves its files open, and Python warns.
+        with quiet("ort_format_model"):
+            create_config_from_models(models, config, types)
         # The tool writes full paths into its comment.
         text = config.read_text(encoding="utf-8").replace(f"{folder}/", "")
         config.write_text(text, encoding="utf-8")
