@@ -136,7 +136,7 @@ SCHEMES: dict[str, tuple[str, str, Any]] = {
     "palette_of_int8": (
         "iOS18",
         "constexpr_lut_to_dense",
-        int8_on_top(palettes(nbits=4, mode="uniform")),
+        int8_on_top(palettes(nbits=4, mode="uniform"), granularity="per_tensor"),
     ),
 }
 

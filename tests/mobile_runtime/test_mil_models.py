@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mobile_runtime.backends.mil import Program
+from mobile_runtime.backends.mil import ARITHMETICS, Program
 from tests.mobile_runtime.mil_programs import coremltools, quiet, snr_db
 
 
@@ -47,14 +47,27 @@ def components(pipeline: Any) -> dict[str, tuple[torch.nn.Module, dict[str, torc
     }
 
 
-def convert(module: torch.nn.Module, inputs: dict[str, Any], precision: str, path: Path) -> Program:
+@pytest.fixture(scope="module", params=["text_encoder", "unet", "vae_decoder"])
+def exported(request: pytest.FixtureRequest, tiny_pipeline: Any) -> Any:
+    """An exported component, its inputs, and what PyTorch computes of them."""
+    module, inputs = components(tiny_pipeline)[request.param]
+    with torch.no_grad(), quiet():
+        program = torch.export.export(module.eval(), tuple(inputs.values())).run_decompositions({})
+        reference = module(*inputs.values()).numpy()
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.alias.default:  # unknown to coremltools
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    return program, inputs, reference
+
+
+@pytest.mark.parametrize(("precision", "least_db"), [("FLOAT32", 100), ("FLOAT16", 45)])
+def test_a_converted_component_computes_what_pytorch_computes(
+    precision: str, least_db: float, exported: Any, tmp_path: Path
+) -> None:
+    program, inputs, reference = exported
     ct = coremltools()
     with quiet():
-        program = torch.export.export(module.eval(), tuple(inputs.values())).run_decompositions({})
-        for node in list(program.graph.nodes):
-            if node.target is torch.ops.aten.alias.default:  # unknown to coremltools
-                node.replace_all_uses_with(node.args[0])
-                program.graph.erase_node(node)
         model = ct.convert(
             program,
             inputs=[
@@ -66,22 +79,11 @@ def convert(module: torch.nn.Module, inputs: dict[str, Any], precision: str, pat
             compute_precision=getattr(ct.precision, precision),
             skip_model_load=True,
         )
-        model.save(str(path))
-    return Program.open(path)
-
-
-@pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])
-@pytest.mark.parametrize(("precision", "least_db"), [("FLOAT32", 100), ("FLOAT16", 45)])
-def test_a_converted_component_computes_what_pytorch_computes(
-    name: str, precision: str, least_db: float, tiny_pipeline: Any, tmp_path: Path
-) -> None:
-    module, inputs = components(tiny_pipeline)[name]
-    with torch.no_grad():
-        reference = module(*inputs.values()).numpy()
-    program = convert(module, inputs, precision, tmp_path / f"{name}.mlpackage")
+        model.save(str(tmp_path / "component.mlpackage"))
+    opened = Program.open(tmp_path / "component.mlpackage")
     feeds = {key: value.numpy() for key, value in inputs.items()}
-    for arithmetic in ("float32", "float16"):
-        out = program.run(feeds, arithmetic=arithmetic)["out"]  # type: ignore[arg-type]
+    for arithmetic in ARITHMETICS:
+        out = opened.run(feeds, arithmetic=arithmetic)["out"]
         assert out.dtype == np.float32
         assert out.shape == reference.shape
         assert snr_db(reference, out) >= least_db

@@ -282,13 +282,11 @@ def test_a_component_of_a_bundle_is_a_callable(package: Path) -> None:
     assert runner({"x": x})["y"].shape == (1, 4, 5, 5)
 
 
-def test_load_refuses_another_format_and_unknown_options(package: Path) -> None:
+def test_load_refuses_another_format_and_an_unknown_arithmetic(package: Path) -> None:
     with pytest.raises(UserError, match=r"unet of .* is onnx; choose the backend that fits"):
         mil.load(make_bundle(package, "onnx"), "unet")
     with pytest.raises(UserError, match="unknown arithmetic 'int8'"):
         mil.load(make_bundle(package), "unet", arithmetic="int8")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="unknown option of the mil backend 'threads'"):
-        mil.load(make_bundle(package), "unet", threads=2)
 
 
 @pytest.mark.parametrize("library", ["coremltools", "torch"])

@@ -11,7 +11,6 @@ What the two arithmetics mean is told in `values`, what the operations compute i
 """
 
 import importlib.util
-from typing import Any
 
 import numpy as np
 
@@ -37,17 +36,13 @@ class Runner:
         return self.program.run(inputs, arithmetic=self.arithmetic, observe=observe)
 
 
-def load(
-    bundle: Bundle, component: str, arithmetic: Arithmetic = "float32", **options: Any
-) -> Runner:
+def load(bundle: Bundle, component: str, *, arithmetic: Arithmetic = "float32") -> Runner:
     """Open one component of a Core ML bundle.
 
     arithmetic: "float32", or "float16" for rounding to fp16 as the program declares it.
     Raises UserError for a component that is no `.mlpackage`, an operation that the interpreter
     lacks, or a library that is not installed.
     """
-    if options:
-        raise choices("option of the mil backend", sorted(options)[0], ["arithmetic"])
     if arithmetic not in ARITHMETICS:
         raise choices("arithmetic", arithmetic, list(ARITHMETICS))
     entry = bundle.component(component)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Arithmetic = Literal["float32", "float16"]
-ARITHMETICS = ("float32", "float16")
+ARITHMETICS: tuple[Arithmetic, ...] = ("float32", "float16")
 
 # torch's type of a value while a program runs, by MIL's name of the declared type.
 HELD_AS = {
