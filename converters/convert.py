@@ -69,8 +69,8 @@ def convert(request: Request, progress: Progress) -> Bundle:
     Raises UserError before any heavy work for what the target, the source or the output cannot do;
     whatever happens, nothing half made is left at the output.
     """
-    scheme = support.scheme_for(request.target, request.recipe)
-    recipe = support.adapt(request.recipe, scheme)
+    recipe = request.recipe
+    scheme = support.scheme_for(request.target, recipe)
     target = target_module(request.target)
     options = target.prepare(recipe, scheme)
     BundleWriter.check_free(request.output, request.force)
@@ -261,8 +261,8 @@ def tool_versions() -> dict[str, str]:
 
 def dry_run(request: Request) -> str:
     """What `convert` would make: sizes, schemes and the support check, from configs alone."""
-    scheme = support.scheme_for(request.target, request.recipe)
-    recipe = support.adapt(request.recipe, scheme)
+    recipe = request.recipe
+    scheme = support.scheme_for(request.target, recipe)
     target_module(request.target).prepare(recipe, scheme)
     BundleWriter.check_free(request.output, request.force)
     pipeline = _open(recipe, weights=False).pipeline

@@ -10,12 +10,10 @@ from typing import Literal
 
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import Gates, Target
-from recipes import stages
 from recipes.schema import Recipe
 
 Precision = Literal["auto", "float32", "float16"]
-Weights = Literal["float", "int8"]
-Activations = Literal["none", "int8_dynamic"]
+Weights = Literal["float", "int8", "int8_dynamic"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,6 @@ class Scheme:
 
     name: str
     arithmetic: Literal["float32", "float16"]
-    activations: Activations = "none"
     note: str | None = None
 
 
@@ -37,8 +34,12 @@ class Refusal:
 
 
 _XNNPACK_INT8 = (
-    "XNNPACK has no weight-only INT8: the same INT8 weights are computed with activations that "
-    "are quantized to INT8 as they come (w8a8_dynamic)"
+    "XNNPACK has INT8 weights beside float activations in fully-connected layers only, so a "
+    "convolution is computed as one over the shifted pictures that its kernel sees"
+)
+_NO_DYNAMIC = Refusal(
+    "activations that are quantized as they come are an ExecuTorch scheme",
+    "set quantize.activations to none, or convert to ExecuTorch",
 )
 _FP16_XNNPACK = Refusal(
     "the XNNPACK delegate computes these models in float32",
@@ -57,40 +58,42 @@ SUPPORT: dict[tuple[Target, Precision, Weights], Scheme | Refusal] = {
     ("onnx", "auto", "int8"): Scheme("w8", "float32"),
     ("onnx", "float32", "int8"): Scheme("w8", "float32"),
     ("onnx", "float16", "int8"): _FP16_ONNX_INT8,
+    ("onnx", "auto", "int8_dynamic"): _NO_DYNAMIC,
+    ("onnx", "float32", "int8_dynamic"): _NO_DYNAMIC,
+    ("onnx", "float16", "int8_dynamic"): _NO_DYNAMIC,
     ("coreml", "auto", "float"): Scheme("float16", "float16"),
     ("coreml", "float32", "float"): Scheme("float32", "float32"),
     ("coreml", "float16", "float"): Scheme("float16", "float16"),
     ("coreml", "auto", "int8"): Scheme("w8", "float16"),
     ("coreml", "float32", "int8"): Scheme("w8", "float32"),
     ("coreml", "float16", "int8"): Scheme("w8", "float16"),
+    ("coreml", "auto", "int8_dynamic"): _NO_DYNAMIC,
+    ("coreml", "float32", "int8_dynamic"): _NO_DYNAMIC,
+    ("coreml", "float16", "int8_dynamic"): _NO_DYNAMIC,
     ("executorch", "auto", "float"): Scheme("float32", "float32"),
     ("executorch", "float32", "float"): Scheme("float32", "float32"),
     ("executorch", "float16", "float"): _FP16_XNNPACK,
-    ("executorch", "auto", "int8"): Scheme(
-        "w8a8_dynamic", "float32", "int8_dynamic", _XNNPACK_INT8
-    ),
-    ("executorch", "float32", "int8"): Scheme(
-        "w8a8_dynamic", "float32", "int8_dynamic", _XNNPACK_INT8
-    ),
+    ("executorch", "auto", "int8"): Scheme("w8", "float32", _XNNPACK_INT8),
+    ("executorch", "float32", "int8"): Scheme("w8", "float32", _XNNPACK_INT8),
     ("executorch", "float16", "int8"): _FP16_XNNPACK,
+    ("executorch", "auto", "int8_dynamic"): Scheme("w8a8_dynamic", "float32"),
+    ("executorch", "float32", "int8_dynamic"): Scheme("w8a8_dynamic", "float32"),
+    ("executorch", "float16", "int8_dynamic"): _FP16_XNNPACK,
 }
 
 
 def scheme_for(target: Target, recipe: Recipe) -> Scheme:
     """The scheme that the target uses; raises UserError with the way out where it cannot."""
-    weights: Weights = "int8" if any(stage.quantize for stage in recipe.stages) else "float"
+    weights: Weights = "float"
+    for stage in recipe.stages:
+        if stage.quantize:
+            dynamic = stage.quantize.activations == "int8_dynamic"
+            weights = "int8_dynamic" if dynamic else "int8"
     found = SUPPORT[target, recipe.precision, weights]
     if isinstance(found, Refusal):
-        asked = f"precision {recipe.precision} with {weights} weights"
+        asked = f"precision {recipe.precision} with weights {weights}"
         raise UserError(f"{target} cannot do {asked}: {found.reason}; {found.instead}")
     return found
-
-
-def adapt(recipe: Recipe, scheme: Scheme) -> Recipe:
-    """The recipe as the target will run it: activations quantized where the scheme needs it."""
-    if scheme.activations == "none":
-        return recipe
-    return stages.with_activations(recipe, scheme.activations)
 
 
 def gates(recipe: Recipe, scheme: Scheme) -> Gates:
@@ -99,7 +102,7 @@ def gates(recipe: Recipe, scheme: Scheme) -> Gates:
     Quantized activations are gated layer by layer: single INT8 steps that flip by rounding are
     amplified by depth, so a whole component's SNR against fake quantization says little there.
     """
-    dynamic = scheme.activations != "none"
+    dynamic = scheme.name == "w8a8_dynamic"
     own = Gates(
         component_snr_db=None if dynamic else 60.0,
         float16_snr_db=45.0 if scheme.arithmetic == "float16" else None,

@@ -15,7 +15,7 @@ from typing import Any
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
 from recipes import quantize
-from recipes.schema import Activations, Recipe, Stage
+from recipes.schema import Recipe, Stage
 
 PLAN = "quantization_plan.json"
 
@@ -38,19 +38,6 @@ class StageFunctions:
 STAGES: dict[str, StageFunctions] = {
     "quantize": StageFunctions(check=quantize.check, plan=quantize.make_plan, run=quantize.run),
 }
-
-
-def with_activations(recipe: Recipe, activations: Activations) -> Recipe:
-    """The recipe with its quantize stage's activations replaced, for a target that needs them."""
-    stages = tuple(
-        stage.model_copy(
-            update={"quantize": stage.quantize.model_copy(update={"activations": activations})}
-        )
-        if stage.quantize
-        else stage
-        for stage in recipe.stages
-    )
-    return recipe.model_copy(update={"stages": stages})
 
 
 def check(pipeline: Any, recipe: Recipe) -> None:

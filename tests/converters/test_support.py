@@ -11,7 +11,6 @@ from converters.support import (
     Refusal,
     Scheme,
     Weights,
-    adapt,
     gates,
     scheme_for,
 )
@@ -37,22 +36,22 @@ def test_every_shipped_recipe_has_an_answer_for_every_target(name, target):
         assert isinstance(scheme_for(target, recipe), Scheme)
 
 
-def test_int8_on_executorch_quantizes_activations_and_says_so():
-    recipe = schema.load("pocket_int8")
-    scheme = scheme_for("executorch", recipe)
-    assert scheme.activations == "int8_dynamic"
-    assert "XNNPACK has no weight-only INT8" in scheme.note
-    assert adapt(recipe, scheme).stages[0].quantize.activations == "int8_dynamic"
-    assert recipe.stages[0].quantize.activations == "none", "the user's recipe stays as it was"
-    told = gates(recipe, scheme)
+def test_dynamic_activations_are_executorchs_and_gated_layer_by_layer():
+    recipe = schema.load("pocket_int8", {"stages.quantize.activations": "int8_dynamic"})
+    told = gates(recipe, scheme_for("executorch", recipe))
     assert told.component_snr_db is None
     assert told.layer_snr_db == 45
     assert told.picture_psnr_db == 40
+    for target in ("onnx", "coreml"):
+        with pytest.raises(UserError, match="ExecuTorch"):
+            scheme_for(target, recipe)
 
 
 def test_weight_only_int8_is_gated_by_component():
     recipe = schema.load("pocket_int8")
     onnx = gates(recipe, scheme_for("onnx", recipe))
+    executorch = gates(recipe, scheme_for("executorch", recipe))
+    assert executorch == onnx
     coreml = gates(recipe, scheme_for("coreml", recipe))
     assert (onnx.component_snr_db, onnx.float16_snr_db) == (60, None)
     assert (coreml.component_snr_db, coreml.float16_snr_db) == (60, 45)

@@ -49,13 +49,6 @@ def test_a_plan_is_what_running_decides() -> None:
     assert stages.apply(pipeline, ruled)[2] == planned
 
 
-def test_a_target_can_ask_for_dynamic_activations() -> None:
-    asked = stages.with_activations(recipe(), "int8_dynamic")
-    assert asked.stages[0].settings.activations == "int8_dynamic"
-    plain = schema.parse({"name": "x", "source": {"model": "embedded"}, "resolution": 64})
-    assert stages.with_activations(plain, "int8_dynamic") == plain
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, list[Any]]:
     pipeline, _, plans = stages.apply(make_tiny_pipeline(), recipe({"layers": "unet.conv_in"}))
