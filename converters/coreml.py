@@ -63,8 +63,9 @@ class CoreMLOptions:
     compute_precision: what the program declares its tensors as; inputs and outputs stay float32.
     group_norm: "safe" keeps every fp16 number of a GroupNorm in range whatever the activations'
     scale; "plain" is coremltools' own form, a little cheaper, whose squares overflow beyond 256.
-    float32: what to keep in float32 under float16: glob patterns over layer paths (convs and
-    linears, e.g. "unet.conv_out") and over kinds of operation (e.g. "softmax").
+    float32: what to keep in float32 under float16: glob patterns over the paths of convs and
+    linears (e.g. "unet.up_blocks.3.*"), and kinds of operation (e.g. "softmax"). A pattern for
+    another component than the one at hand is passed over.
     """
 
     deployment_target: DeploymentTarget = "iOS17"
@@ -120,7 +121,7 @@ def lower(
     _check_activations(program)
     ct = _coremltools()
     path = folder / f"{PACKAGES[component.name]}.mlpackage"
-    keep = _KeepFloat32(program, options.float32)
+    keep = _KeepFloat32(component.name, program, options.float32)
     with quiet("coremltools"), bars_told(progress):
         progress("decompose the graph")
         core_program = _decompose(program, options)
@@ -143,7 +144,6 @@ def lower(
         _describe(model, component)
         progress("save the package")
         model.save(str(path))
-    keep.check_all_used()
     progress("read the package back")
     details = {
         "deployment_target": options.deployment_target,
@@ -193,7 +193,7 @@ def _weight_integers(program: torch.export.ExportedProgram) -> list[torch.Tensor
     """The int8 weights that the graph dequantizes, each as often as it is used."""
     buffers = program.graph_signature.inputs_to_buffers
     return [
-        program.state_dict[buffers[node.args[0].name]]  # type: ignore[union-attr, index]
+        program.state_dict[buffers[node.args[0].name]]  # type: ignore[union-attr]
         for node in _quantized_ops(program)
         if str(node.target).endswith(_WEIGHT_OPS)
     ]
@@ -206,7 +206,7 @@ def _decompose(
     table: dict[Any, Callable[..., Any]] = {}
     if options.group_norm == "safe" and options.compute_precision == "float16":
         table[torch.ops.aten.group_norm.default] = safe_group_norm
-    decomposed = program.run_decompositions(table)  # type: ignore[arg-type]
+    decomposed = program.run_decompositions(table)
     graph = decomposed.graph_module.graph
     for node in list(graph.nodes):
         # What a read of a buffer leaves behind; coremltools does not know it.
@@ -251,51 +251,55 @@ def safe_group_norm(
 class _KeepFloat32:
     """Says which operations stay in float32: the timestep's sinusoid, and what the options name."""
 
-    def __init__(self, program: torch.export.ExportedProgram, patterns: tuple[str, ...]) -> None:
-        self._patterns = patterns
-        self._used: set[str] = set()
-        self._weights = self._weight_names(program)
+    def __init__(
+        self, component: str, program: torch.export.ExportedProgram, patterns: tuple[str, ...]
+    ) -> None:
+        self._kinds = {pattern for pattern in patterns if "." not in pattern}
+        _check_kinds(self._kinds)
+        layers = [p for p in patterns if p.startswith(f"{component}.")]
+        self._weights = _weight_names(program, layers)
         self._sinusoid: set[Any] | None = None
-
-    def _weight_names(self, program: torch.export.ExportedProgram) -> set[str]:
-        """The names, in the MIL program, of the weights of the layers that the patterns match."""
-        signature = program.graph_signature
-        layers = {
-            name: path.rpartition(".")[0]
-            for name, path in (signature.inputs_to_parameters | signature.inputs_to_buffers).items()
-        }
-        matched = {name for name, layer in layers.items() if self._matches(layer)}
-        dequantized = {
-            node.name
-            for node in _quantized_ops(program)
-            if getattr(node.args[0], "name", None) in matched
-        }
-        return matched | dequantized
-
-    def _matches(self, name: str) -> bool:
-        hits = [pattern for pattern in self._patterns if fnmatch.fnmatchcase(name, pattern)]
-        self._used.update(hits)
-        return bool(hits)
 
     def __call__(self, op: Any) -> bool:
         if self._sinusoid is None:
             # The first call comes before the pass has changed anything.
             self._sinusoid = _sinusoid(op.enclosing_block)
-        if op in self._sinusoid or self._matches(op.op_type):
+        if op in self._sinusoid or op.op_type in self._kinds:
             return True
         weight = op.inputs.get("weight")
         return op.outputs[0].name in self._weights or (
             weight is not None and weight.name in self._weights
         )
 
-    def check_all_used(self) -> None:
-        """Refuse patterns that matched nothing."""
-        unused = sorted(set(self._patterns) - self._used)
-        if unused:
-            raise UserError(
-                f"float32 pattern {', '.join(map(repr, unused))} matches no layer and no kind of "
-                "operation of this component"
-            )
+
+def _check_kinds(kinds: set[str]) -> None:
+    from coremltools.converters.mil import Builder
+
+    unknown = sorted(kind for kind in kinds if not hasattr(Builder, kind))
+    if unknown:
+        raise UserError(
+            f"float32: {unknown[0]!r} is neither a kind of operation of an ML program (e.g. "
+            "'softmax') nor the path of a layer (e.g. 'unet.conv_out')"
+        )
+
+
+def _weight_names(program: torch.export.ExportedProgram, patterns: list[str]) -> set[str]:
+    """The names, in the MIL program, of the weights of the layers that the patterns match."""
+    signature = program.graph_signature
+    held = signature.inputs_to_parameters | signature.inputs_to_buffers
+    layers = {name: path.rpartition(".")[0] for name, path in held.items()}
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name, layer in layers.items() if fnmatch.fnmatchcase(layer, pattern)}
+        if not hits:
+            raise UserError(f"float32: the pattern {pattern!r} matches no layer")
+        matched |= hits
+    dequantized = {
+        node.name
+        for node in _quantized_ops(program)
+        if getattr(node.args[0], "name", None) in matched
+    }
+    return matched | dequantized
 
 
 def _sinusoid(block: Any) -> set[Any]:
@@ -341,7 +345,8 @@ def _read_back(path: Path, component: Component, integers: list[torch.Tensor]) -
         elif op.type.startswith("constexpr_"):
             # Older targets hold the arguments as attributes, newer ones as inputs.
             given = own | {
-                name: constants[argument.arguments[0].name] for name, argument in op.inputs.items()
+                name: _bound(argument.arguments[0], constants, package)
+                for name, argument in op.inputs.items()
             }
             stored.append((given.get("quantized_data") or given["data"], given["scale"]))
     hashes = Counter(_hash(np.asarray(data.read())) for data, _ in stored)
@@ -356,6 +361,12 @@ def _read_back(path: Path, component: Component, integers: list[torch.Tensor]) -
         "int8_weights": len(stored),
         "subnormal_scales": sum(_subnormal(scale) for _, scale in stored),
     }
+
+
+def _bound(binding: Any, constants: dict[str, Constant], package: Package) -> Constant:
+    if binding.WhichOneof("binding") == "value":
+        return parse_constant(binding.value, package)
+    return constants[binding.name]
 
 
 def _check_finite(path: Path, op: Any, constants: dict[str, Constant]) -> None:

@@ -102,8 +102,7 @@ def lower(
     path = folder / component.name / "model.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     progress("write the model")
-    weights_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    external = weights_bytes > LIMIT_BYTES
+    external = _initializer_bytes(model) > LIMIT_BYTES
     ir.save(model, path, external_data="model.onnx.data" if external else None)
     details = {
         "opset": options.opset,
@@ -271,6 +270,10 @@ def _tidy(model: Any) -> None:
     for described in (*graph, *inside, *graph.inputs, graph, model):
         described.metadata_props.clear()
     graph.name = "main_graph"
+
+
+def _initializer_bytes(model: Any) -> int:
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values())
 
 
 def _count_int8(ir: Any, model: Any) -> int:

@@ -20,34 +20,10 @@ from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import TensorSpec
 from recipes.quantize import QuantizedModule, quantize
 from recipes.schema import QuantizeSettings
-from tests.conftest import make_tiny_pipeline
+from tests.converters.small import NAMES, build, make_small_pipeline
 
-NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 EXACT_DB = 100.0
 FLOAT16_DB = 45.0
-
-
-def make_small_pipeline() -> Any:
-    """The tiny pipeline with a UNet of two levels, which exports in a third of the time."""
-    from diffusers import UNet2DConditionModel
-
-    pipeline = make_tiny_pipeline()
-    pipeline.unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    pipeline.unet.eval().requires_grad_(False)
-    return pipeline
-
-
-def build(pipeline: Any, name: str, batch: int = 2) -> Component:
-    return components.build(pipeline, name, height=64, width=64, batch=batch)
 
 
 def lower(component: Component, folder: Path, **options: Any) -> Lowered:
@@ -99,7 +75,7 @@ def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("float")
     pipeline = make_small_pipeline()
     names = NAMES[:3]
-    converter.write_optimum_files(pipeline, folder, names, resolution=(64, 64))
+    converter.write_optimum_files(pipeline, folder, names, resolution=(16, 16))
     for name in names:
         lower(build(pipeline, name, batch=1), folder)
     return folder
@@ -188,7 +164,7 @@ def test_float16_refuses_a_weight_that_does_not_fit(tmp_path: Path) -> None:
 def test_weights_beyond_the_limit_of_one_message_go_to_one_file_beside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    component = build(make_tiny_pipeline(), "text_encoder")
+    component = build(make_small_pipeline(), "text_encoder")
     monkeypatch.setattr(converter, "LIMIT_BYTES", 1000)
     lowered = lower(component, tmp_path)
     assert lowered.details["external_data"] is True
@@ -263,7 +239,7 @@ def test_what_the_target_cannot_do_is_refused(int8_pipeline: Any, tmp_path: Path
     with pytest.raises(UserError, match="INT8 weights in float32"):
         lower(component, tmp_path, precision="float16")
     dynamic, _ = quantize(
-        make_tiny_pipeline(),
+        make_small_pipeline(),
         QuantizeSettings(components=("text_encoder",), activations="int8_dynamic"),
     )
     with pytest.raises(UserError, match="activations: none"):
@@ -271,7 +247,7 @@ def test_what_the_target_cannot_do_is_refused(int8_pipeline: Any, tmp_path: Path
 
 
 def test_progress_is_told_phase_by_phase(tmp_path: Path) -> None:
-    component = build(make_tiny_pipeline(), "text_encoder")
+    component = build(make_small_pipeline(), "text_encoder")
     phases: list[str] = []
     program = components.export(component)
     converter.lower(component, program, tmp_path, OnnxOptions(opset=21), phases.append)
@@ -315,6 +291,6 @@ def test_optimum_draws_the_picture_that_diffusers_draws(
     for pipeline in (opened, torch_pipeline):
         pipeline.set_progress_bar_config(disable=True)
     drawn, expected = picture(opened, guidance_scale), picture(torch_pipeline, guidance_scale)
-    assert drawn.shape == (64, 64, 3)
+    assert drawn.shape == (16, 16, 3)
     assert expected.std() > 0.01
     np.testing.assert_allclose(drawn, expected, atol=1e-3)
