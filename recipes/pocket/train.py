@@ -1,7 +1,8 @@
 """Train the embedded model from nothing: `python -m recipes.pocket.train --help`.
 
-Four stages, each seeded, checkpointed and resumed where it stood: the autoencoder in two phases,
-the text encoder's warm start, the denoiser. Nothing is downloaded: the training data are drawn.
+Five stages, each seeded, checkpointed and resumed where it stood: the autoencoder in two phases,
+the text encoder's warm start, the denoiser, and the decoder once more, on what the denoiser
+makes. Nothing is downloaded: the training data are drawn.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from recipes.pocket.folder import write_folder
 from recipes.pocket.model import build_scheduler, build_text_encoder, build_unet, build_vae
 from recipes.pocket.sampling import Parts
 from recipes.pocket.tokenizer import build_tokenizer
+from recipes.pocket.train_decoder import train_decoder
 from recipes.pocket.train_text import train_text
 from recipes.pocket.train_unet import train_unet
 from recipes.pocket.train_vae import PHASES, normalize_latents, train_vae
 
-STEPS = {"vae": 1800, "vae_fine": 1600, "text": 400, "unet": 6000}
+STEPS = {"vae": 1800, "vae_fine": 1600, "text": 400, "unet": 3800, "decoder": 600}
 """The stages in their order, with the steps that made the shipped weights."""
 
 
@@ -60,14 +62,25 @@ def _claim(folder: Path, seed: int) -> None:
 
 
 def _finished(folder: Path, stage: str) -> dict:
-    """The weights of an earlier stage."""
+    """The checkpoint of an earlier stage."""
     path = folder / f"{stage}.ckpt"
     if not path.exists():
         raise UserError(
             f"{folder} holds no checkpoint of the stage {stage!r}, which comes first; "
             f"run --stage {stage} before, or --stage all"
         )
-    return torch.load(path, map_location="cpu", weights_only=True)["module"]
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _load_vae_and_text(parts: Parts, folder: Path, seed: int) -> None:
+    """What the denoiser builds on: the autoencoder with normal latents, and the text encoder."""
+    parts.vae.load_state_dict(_finished(folder, "vae_fine")["module"])
+    normalize_latents(parts.vae, seed)
+    prefix = "text_encoder."
+    states = _finished(folder, "text")["module"].items()
+    parts.text_encoder.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in states if k.startswith(prefix)}
+    )
 
 
 def train(output: Path, stage: str = "all", steps: int | None = None, seed: int = 0) -> Path:
@@ -89,21 +102,19 @@ def train(output: Path, stage: str = "all", steps: int | None = None, seed: int 
         if name == "vae":
             train_vae(parts.vae, PHASES[0], folder, seed, count)
         elif name == "vae_fine":
-            parts.vae.load_state_dict(_finished(folder, "vae"))
+            parts.vae.load_state_dict(_finished(folder, "vae")["module"])
             train_vae(parts.vae, PHASES[1], folder, seed, count)
         elif name == "text":
             torch.manual_seed(seed)
             parts.text_encoder = build_text_encoder(parts.tokenizer)
             train_text(parts.text_encoder, parts.tokenizer, folder, seed, count)
         else:
-            parts.vae.load_state_dict(_finished(folder, "vae_fine"))
-            normalize_latents(parts.vae, seed)
-            prefix = "text_encoder."
-            states = _finished(folder, "text").items()
-            parts.text_encoder.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in states if k.startswith(prefix)}
-            )
-            train_unet(parts, folder, seed, count)
+            _load_vae_and_text(parts, folder, seed)
+            if name == "unet":
+                train_unet(parts, folder, seed, count)
+            else:
+                parts.unet.load_state_dict(_finished(folder, "unet")["average"])
+                train_decoder(parts, folder, seed, count)
             write_folder(parts, model)
         print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes")
     return model

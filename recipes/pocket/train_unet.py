@@ -31,7 +31,12 @@ BATCH = 48
 PEAK_RATE = 1.5e-3
 AVERAGE_DECAY = 0.998
 DRAWINGS = 20_000
+EXTRA_PAIRS = 8_000
+"""More drawings of pairs, for the time from `PAIRS_FROM_STEP` on."""
 PAIR_SHARE = 0.3
+LATE_PAIR_SHARE = 0.55
+PAIRS_FROM_STEP = 1750
+"""First mostly single objects; then, once they are known, the binding of words to two of them."""
 OPEN_SHARE = 0.08
 EMPTY_SHARE = 0.1
 """The share of captions replaced by the empty prompt, for guidance."""
@@ -43,17 +48,20 @@ WATCH_CAPTIONS = 48
 WATCH_STEPS = 12
 
 
-def training_scenes(seed: int, count: int) -> list[Scene]:
-    """The scenes of the training drawings, a fixed share of them pairs."""
+def training_scenes(seed: int, count: int, extra_pairs: int = 0) -> list[Scene]:
+    """The scenes of the training drawings, a fixed share of them pairs, and then more pairs."""
     rng = np.random.default_rng([seed, 96])
-    return [sample_scene(rng, "train", rng.random() < PAIR_SHARE) for _ in range(count)]
+    mixed = [sample_scene(rng, "train", rng.random() < PAIR_SHARE) for _ in range(count)]
+    return mixed + [sample_scene(rng, "train", pairs=True) for _ in range(extra_pairs)]
 
 
 @torch.no_grad()
 def encode_drawings(parts: Parts, scenes: list[Scene], seed: int, path: Path) -> torch.Tensor:
     """Scaled latents of one drawing a scene: float32 (N, 4, 16, 16), kept at `path`."""
     if path.exists():
-        return torch.load(path, map_location="cpu", weights_only=True).float()
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        if len(kept) == len(scenes):
+            return kept.float()
     rng = np.random.default_rng([seed, 95])
     device = parts.vae.device
     latents = []
@@ -73,6 +81,7 @@ def train_unet(
     steps: int,
     stop_after: int | None = None,
     drawings: int = DRAWINGS,
+    extra_pairs: int = EXTRA_PAIRS,
     watch_every: int = 500,
 ) -> None:
     """Train `parts.unet` in place and leave the average of its weights in it.
@@ -86,14 +95,22 @@ def train_unet(
         unet.set_attn_processor(AttnProcessor())
     parts.vae.to(device).eval()
     text_encoder = parts.text_encoder.to(device).eval()
-    scenes = training_scenes(seed, drawings)
+    scenes = training_scenes(seed, drawings, extra_pairs)
+    pairs = np.flatnonzero([scene.relation is not None for scene in scenes])
+    singles = np.flatnonzero([scene.relation is None for scene in scenes])
     latents = encode_drawings(parts, scenes, seed, folder / "latents.pt")
     alpha_bar = parts.scheduler.alphas_cumprod.to(device)
     last = len(alpha_bar) - 1
 
+    def pick_rows(rng: np.random.Generator, step: int) -> np.ndarray:
+        if step < PAIRS_FROM_STEP:
+            return rng.integers(drawings, size=BATCH)
+        two = rng.random(BATCH) < LATE_PAIR_SHARE
+        return np.where(two, rng.choice(pairs, BATCH), rng.choice(singles, BATCH))
+
     def loss(step: int) -> torch.Tensor:
         rng, generator = step_rng(seed, step, 2), step_generator(seed, step, 2)
-        rows = rng.integers(len(scenes), size=BATCH)
+        rows = pick_rows(rng, step)
         texts = [
             ""
             if rng.random() < EMPTY_SHARE

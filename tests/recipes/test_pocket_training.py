@@ -10,6 +10,7 @@ from mobile_runtime.errors import UserError
 from recipes.pocket import train as train_module
 from recipes.pocket.captions import parse_caption
 from recipes.pocket.train import fresh_parts, main, train
+from recipes.pocket.train_decoder import train_decoder
 from recipes.pocket.train_text import _CHOICES, UNSAID, labels, train_text
 from recipes.pocket.train_unet import train_unet
 from recipes.pocket.train_vae import PHASES, drawings, normalize_latents, psnr_db, train_vae
@@ -31,24 +32,28 @@ def run_stage(name, parts, folder, stop_after=None):
     if name == "text":
         args = (parts.text_encoder, parts.tokenizer, folder, 0, 2, stop_after)
         return train_text(*args).state_dict()
-    train_unet(parts, folder, 0, 2, stop_after, drawings=8, watch_every=1000)
+    if name == "decoder":
+        train_decoder(parts, folder, 0, 2, stop_after)
+        return parts.vae.state_dict()
+    train_unet(parts, folder, 0, 2, stop_after, drawings=8, extra_pairs=2, watch_every=1000)
     return parts.unet.state_dict()
 
 
 @pytest.fixture
 def no_watching(monkeypatch):
     monkeypatch.setattr("recipes.pocket.train_unet.watch_line", lambda *_: "")
-    monkeypatch.setattr("recipes.pocket.train_vae.psnr_db", lambda *_: 0.0)
+    for stage in ("train_vae", "train_decoder"):
+        monkeypatch.setattr(f"recipes.pocket.{stage}.psnr_db", lambda *_: 0.0)
 
 
 @pytest.mark.usefixtures("no_watching")
-@pytest.mark.parametrize("name", ["vae", "text", "unet"])
+@pytest.mark.parametrize("name", ["vae", "text", "unet", "decoder"])
 def test_an_interrupted_run_resumes_to_the_same_weights(name, parts, tmp_path):
     whole = run_stage(name, parts, tmp_path / "whole")
     run_stage(name, parts, tmp_path / "broken", stop_after=1)
     resumed = run_stage(name, parts, tmp_path / "broken")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    untrained = {"vae": parts.vae, "text": parts.text_encoder, "unet": parts.unet}[name]
+    untrained = {"text": parts.text_encoder, "unet": parts.unet}.get(name, parts.vae)
     assert any(not torch.equal(whole[k], v) for k, v in untrained.state_dict().items())
 
 
@@ -96,7 +101,7 @@ def test_stages_ask_for_what_comes_before(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--stage", "unets"], "choose one of: all, vae, vae_fine, text, unet"),
+        (["--stage", "unets"], "choose one of: all, vae, vae_fine, text, unet, decoder"),
         (["--steps", "5"], "--steps needs one --stage"),
         (["--stage", "vae", "--steps", "0"], "at least 1 step"),
         (["--seed", "-1"], "negative"),
