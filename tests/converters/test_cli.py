@@ -113,7 +113,7 @@ def test_a_hub_model_without_network_is_refused_with_the_ways_out(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2
