@@ -6,7 +6,7 @@ by sample. The torch module says exactly that (recipes/quantize.py); here its gr
 down in the form that XNNPACK's partitioner looks for.
 """
 
-import contextlib
+import importlib.util
 import operator
 import time
 from collections import Counter
@@ -22,7 +22,9 @@ from torch.fx import GraphModule, Node
 from converters.components import Component
 from converters.lowered import Lowered
 from converters.quiet import quiet
+from converters.support import Scheme
 from mobile_runtime.errors import missing_backend
+from recipes.schema import Recipe
 
 # What XNNPACK cannot take as diffusers and transformers write it (converters/rewrites.py).
 REWRITES = (
@@ -49,6 +51,13 @@ class ExecutorchOptions:
     """How to lower to ExecuTorch. There is one way so far: XNNPACK."""
 
 
+def prepare(recipe: Recipe, scheme: Scheme) -> ExecutorchOptions:
+    """The options that a recipe asks for; UserError where executorch is missing."""
+    if importlib.util.find_spec("executorch") is None:
+        raise missing_backend("executorch", "executorch", "lowering to .pte")
+    return ExecutorchOptions()
+
+
 def lower(
     component: Component,
     program: torch.export.ExportedProgram,
@@ -65,15 +74,16 @@ def lower(
     started = time.perf_counter()
     total = count_macs(program.graph_module)
     manager = _lower(program, progress)
+    graph_module = manager.exported_program().graph_module
+    calls = Counter(_calls(graph_module))
+    remaining = count_macs(graph_module)
     progress("write the program")
     with path.open("wb") as file:
         manager.to_executorch().write_to_file(file)
-    graph_module = manager.exported_program().graph_module
-    calls = Counter(_calls(graph_module))
     details = {
         "delegate_calls": calls.pop("executorch_call_delegate", 0),
         "nondelegated": dict(sorted(calls.items())),
-        "macs_delegated_fraction": 1 - count_macs(graph_module) / total if total else 1.0,
+        "macs_delegated_fraction": 1 - remaining / total if total else 1.0,
         "lowering_seconds": round(time.perf_counter() - started, 2),
     }
     return Lowered(path, "pte", details)
@@ -85,21 +95,18 @@ def _lower(
     """An EdgeProgramManager with everything that XNNPACK takes handed to it."""
     with quiet("executorch", "torchao", "torch.utils._pytree"):
         try:
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-                XnnpackPartitioner,
-            )
             from executorch.exir import EdgeCompileConfig, to_edge
+
+            from converters import xnnpack
         except ImportError as error:
             raise missing_backend("executorch", "executorch", "lowering to .pte") from error
         progress("lower to XNNPACK")
         tidy(program.graph_module)
         write_dynamic_quantization(program.graph_module)
-        config = EdgeCompileConfig(
-            _check_ir_validity=False, preserve_ops=[aten.linear.default]
-        )
-        with _passes_that_apply():
+        config = EdgeCompileConfig(_check_ir_validity=False, preserve_ops=[aten.linear.default])
+        with xnnpack.extended():
             # One decomposition of the graph, where to_edge_transform_and_lower makes three.
-            return to_edge(program, compile_config=config).to_backend(XnnpackPartitioner())
+            return to_edge(program, compile_config=config).to_backend(xnnpack.partitioner())
 
 
 def tidy(graph_module: GraphModule) -> None:
@@ -115,33 +122,6 @@ def tidy(graph_module: GraphModule) -> None:
         elif node.target is aten.permute.default:
             node.target = aten.permute_copy.default
     graph_module.recompile()
-
-
-@contextlib.contextmanager
-def _passes_that_apply() -> Iterator[None]:
-    """Let XNNPACK's preprocessing skip the passes whose operators the graph does not have.
-
-    Each pass executes the whole graph anew, whether it finds something or not, and of seventeen
-    these few can find something in a diffusion model. ConvertToSDPAPass must not run at all: it
-    mistakes a plain product, softmax and product for its own pattern and fails.
-    """
-    from executorch.backends.xnnpack import _passes, xnnpack_preprocess
-
-    manager = xnnpack_preprocess.XNNPACKPassManager
-    keep = [
-        _passes.XNNPACKRemoveCloneOpsTransform,
-        _passes.DimOrderOpsRevertPass,
-        _passes.FuseActivationPass,
-        _passes.ChannelsLastTaggedReshapePass,
-        _passes.RemoveRedundantCopyPass,
-    ]
-    xnnpack_preprocess.XNNPACKPassManager = lambda program, passes=None: manager(
-        program, passes or keep
-    )
-    try:
-        yield
-    finally:
-        xnnpack_preprocess.XNNPACKPassManager = manager
 
 
 def write_dynamic_quantization(graph_module: GraphModule) -> int:
@@ -170,7 +150,7 @@ def write_dynamic_quantization(graph_module: GraphModule) -> int:
 
 
 def _dynamic_source(node: Any) -> Node | None:
-    """The float node behind a dynamic quantize-dequantize pair, past views; None if there is none."""
+    """The float node behind a dynamic quantize-dequantize pair, past views; or None."""
     node = _past_views(node)
     if node.target is not quantized.dequantize_per_token.default:
         return None
@@ -255,3 +235,9 @@ _MACS: dict[str, Callable[[Node], int]] = {
     "matmul.default": _product_macs,
     "addmm.default": lambda node: prod(_shape(node)) * _shape(node.args[1])[-1],
 }
+
+
+if __name__ == "__main__":
+    from converters.cli import run
+
+    run("executorch")

@@ -357,23 +357,28 @@ class GatheredEmbeddings(nn.Module):
     """
 
     positions: torch.Tensor
+    integers: torch.Tensor
+    scales: torch.Tensor
 
     def __init__(self, embeddings: CLIPTextEmbeddings) -> None:
         super().__init__()
-        self.token_embedding = embeddings.token_embedding
+        table = embeddings.token_embedding
         with torch.no_grad():
-            positions = embeddings.position_embedding(embeddings.position_ids)
-        self.register_buffer("positions", positions.detach(), persistent=False)
+            positions = embeddings.position_embedding(embeddings.position_ids).detach()
+        self.register_buffer("positions", positions, persistent=False)
+        if is_quantized(table):
+            self.register_buffer("integers", table.get_buffer("weight_int8"))
+            scales = table.get_buffer("weight_scale").unsqueeze(1)
+            self.register_buffer("scales", scales)
+        else:
+            self.token_embedding = table
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(1, L) -> (1, L, D)."""
-        table = self.token_embedding
-        if not is_quantized(table):
-            return table(input_ids) + self.positions
-        integers, scale = table.get_buffer("weight_int8"), table.get_buffer("weight_scale")
-        rows = F.embedding(input_ids, integers).to(torch.float32)
-        scales = F.embedding(input_ids, scale.unsqueeze(1))
-        return rows * scales + self.positions
+        if not hasattr(self, "integers"):
+            return self.token_embedding(input_ids) + self.positions
+        rows = F.embedding(input_ids, self.integers).to(torch.float32)
+        return rows * F.embedding(input_ids, self.scales) + self.positions
 
 
 def gathered_embeddings(module: nn.Module) -> nn.Module:
@@ -393,8 +398,7 @@ def linear_rows(linear: nn.Module) -> int:
 
 def scaled_linear(linear: nn.Module, factor: float) -> nn.Module:
     """A linear whose output is `factor` times that of `linear`; integers stay as they are."""
-    scaled = copy.copy(linear)
-    scaled._parameters, scaled._buffers = dict(linear._parameters), dict(linear._buffers)
+    scaled = _copy(linear)
     _set(scaled, "weight_scale" if is_quantized(linear) else "weight", lambda w: w * factor)
     _set(scaled, "bias", lambda bias: bias * factor)
     return scaled
@@ -402,12 +406,18 @@ def scaled_linear(linear: nn.Module, factor: float) -> nn.Module:
 
 def sliced_linear(linear: nn.Module, rows: slice) -> nn.Module:
     """A linear with some of the output channels of `linear`."""
-    part = copy.copy(linear)
-    part._parameters, part._buffers = dict(linear._parameters), dict(linear._buffers)
-    for name in ("weight", "weight_int8", "weight_scale", "bias"):
+    part = _copy(linear)
+    for name in ("weight", "weight_int8", "weight_scale", "weight_zero_point", "bias"):
         _set(part, name, lambda tensor: tensor[rows].clone())
     part.out_features = linear_rows(part)  # type: ignore[assignment]
     return part
+
+
+def _copy(layer: nn.Module) -> nn.Module:
+    """A layer of the same tensors whose tensors can be replaced."""
+    other = copy.copy(layer)
+    other._parameters, other._buffers = dict(layer._parameters), dict(layer._buffers)
+    return other
 
 
 def _weight(linear: nn.Module) -> torch.Tensor:

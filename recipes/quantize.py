@@ -99,7 +99,7 @@ class QuantizedModule(nn.Module):
 
 
 class QuantizedConv2d(QuantizedModule):
-    """`nn.Conv2d` with int8 weights. Dynamic activations: one scale for the whole input."""
+    """`nn.Conv2d` with int8 weights. Dynamic activations: one scale for each sample."""
 
     def __init__(
         self, layer: nn.Conv2d, integers: Tensor, scale: Tensor, activations: Activations
@@ -113,7 +113,7 @@ class QuantizedConv2d(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, H, W) float32."""
         if self.activations == "int8_dynamic":
-            x = fake_quantize_per_tensor(x)
+            x = fake_quantize_per_sample(x)
         return F.conv2d(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
@@ -184,13 +184,9 @@ def _with_weights(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
     return layer.eval()
 
 
-def fake_quantize_per_tensor(x: Tensor) -> Tensor:
-    """Round an activation to int8 with one asymmetric scale, chosen from its own range."""
-    scale, zero_point = ops.choose_qparams.tensor(
-        x, -128, 127, torch.finfo(torch.float32).eps, torch.int8
-    )
-    integers = ops.quantize_per_tensor.tensor(x, scale, zero_point, -128, 127, torch.int8)
-    return ops.dequantize_per_tensor.tensor(integers, scale, zero_point, -128, 127, torch.int8)
+def fake_quantize_per_sample(x: Tensor) -> Tensor:
+    """Round an activation to int8 with an asymmetric scale for each sample of the batch."""
+    return fake_quantize_per_token(x.flatten(1)).view(x.shape)
 
 
 def fake_quantize_per_token(x: Tensor) -> Tensor:
