@@ -68,11 +68,11 @@ class _WeightOnly:
         return super()._get_act_deps(node, ep, precision)  # type: ignore[misc]
 
 
-class WeightOnlyLinear(_WeightOnly, LinearConfig):  # type: ignore[misc]
+class WeightOnlyLinear(_WeightOnly, LinearConfig):
     """Linears, with the weight-only ones."""
 
 
-class WeightOnlyConvolution(_WeightOnly, ConvolutionConfig):  # type: ignore[misc]
+class WeightOnlyConvolution(_WeightOnly, ConvolutionConfig):
     """Convolutions, with the weight-only ones that are neither dilated nor grouped."""
 
     def check_constraints(self, node: Node, ep: Any) -> bool:
@@ -90,7 +90,7 @@ def partitioner() -> XnnpackPartitioner:
     return XnnpackPartitioner(configs=[own.get(rule, rule) for rule in ALL_PARTITIONER_CONFIGS])
 
 
-class _Writer(node_visitor.NodeVisitor):  # type: ignore[misc]
+class _Writer(node_visitor.NodeVisitor):
     """Writes values and nodes of XNNPACK's graph that have no node of their own in torch's."""
 
     def constant(self, graph: schema.XNNGraph, tensor: torch.Tensor, scale: int | None) -> int:
@@ -263,24 +263,26 @@ class ConvolutionWriter(_WeightOnlyWriter):
         """Pad the picture once; then slice and multiply for each tap."""
         batch, rows, columns, channels = self._shape(get_input_node(node, 0), True)
         shape = self._shape(node, True)
-        kernel, stride, padding = weight.shape[2:], node.args[3], node.args[4]
+        kernel = weight.shape[2:]
+        arguments: Any = node.args  # fx types an argument as anything that a graph can hold
+        stride, padding = arguments[3], arguments[4]
         blocks, padded = [], []
         for axis, size in enumerate((rows, columns)):
-            step, before = stride[axis], padding[axis]  # type: ignore[index]
+            step, before = stride[axis], padding[axis]
             needed = shape[1 + axis] + (kernel[axis] - 1) // step
             blocks.append(max(needed, -(-(size + before) // step)))
             padded.append(blocks[axis] * step)
         if padded != [rows, columns]:
-            before = [0, padding[0], padding[1], 0]  # type: ignore[index]
-            sizes = zip(
+            before = [0, padding[0], padding[1], 0]
+            edges = zip(
                 (batch, *padded, channels), (batch, rows, columns, channels), before, strict=True
             )
-            after = [new - old - first for new, old, first in sizes]
+            after = [new - old - first for new, old, first in edges]
             output = self.value(graph, [batch, *padded, channels])
             pad = schema.XNNStaticConstantPad(before, after, 0.0, source, output, 0)
             self.write(graph, pad)
             source = output
-        down, right = stride  # type: ignore[misc]
+        down, right = stride
         if (down, right) != (1, 1):
             folded = [batch, blocks[0], down, blocks[1], right * channels]
             source = self._reshape(graph, source, folded)
@@ -324,7 +326,7 @@ class ConvolutionWriter(_WeightOnlyWriter):
         return output
 
 
-class KeepLayoutOfDynamicInputs(_passes.ChannelsLastTaggedReshapePass):  # type: ignore[misc]
+class KeepLayoutOfDynamicInputs(_passes.ChannelsLastTaggedReshapePass):
     """Lays a convolution's input out as channels-last before it is quantized, not far upstream.
 
     The base class converts the tensor where its chain of first arguments begins, which in a deep
