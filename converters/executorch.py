@@ -149,19 +149,21 @@ def write_dynamic_quantization(graph_module: GraphModule) -> int:
     return count
 
 
-def _dynamic_source(node: Any) -> Node | None:
-    """The float node behind a dynamic quantize-dequantize pair, past views; or None."""
-    node = _past_views(node)
+def _dynamic_source(layer_input: Any) -> Node | None:
+    """The float node that a dynamic quantize-dequantize pair makes a layer's input of, if any.
+
+    Views before and after the pair only line up what shares a scale; the source has the shape that
+    the layer sees.
+    """
+    node = layer_input
+    while node.target in _VIEWS:
+        node = node.args[0]
     if node.target is not quantized.dequantize_per_token.default:
         return None
-    quantize = node.args[0]
-    return _past_views(quantize.args[0])
-
-
-def _past_views(node: Node) -> Node:
-    while node.target in _VIEWS:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+    source = node.args[0].args[0]
+    while _shape(source) != _shape(layer_input):
+        source = source.args[0]
+    return source
 
 
 def _per_tensor(graph_module: GraphModule, source: Node) -> Node:
