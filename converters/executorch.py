@@ -78,7 +78,8 @@ def lower(
     calls = Counter(_calls(graph_module))
     remaining = count_macs(graph_module)
     progress("write the program")
-    with path.open("wb") as file:
+    # Its serializer reads its schema by a deprecated call.
+    with quiet("executorch"), path.open("wb") as file:
         manager.to_executorch().write_to_file(file)
     details = {
         "delegate_calls": calls.pop("executorch_call_delegate", 0),
