@@ -42,8 +42,9 @@ def snr_db(component: Component, path: Path, arithmetic: str) -> float:
     (out,) = Program.open(path).run(feeds, arithmetic=arithmetic).values()
     assert out.dtype == np.float32
     assert np.isfinite(out).all()
-    noise = np.square(out - reference).mean()
-    return 10 * float(np.log10(np.square(reference).mean() / noise))
+    noise = np.square(out - reference).mean(dtype=np.float64)
+    power = np.square(reference).mean(dtype=np.float64)
+    return 10 * float(np.log10(power / max(noise, 1e-30 * power)))
 
 
 @pytest.fixture(scope="module")

@@ -51,8 +51,9 @@ def test_pictures_come_back_from_latents_that_are_normal(parts):
     with torch.no_grad():
         mean = parts.vae.encode(to_tensor(pictures)).latent_dist.mean
     flat = (mean * parts.vae.config.scaling_factor).permute(1, 0, 2, 3).flatten(1)
-    assert flat.mean(1).abs().max() < 0.15
-    assert (flat.std(1) - 1).abs().max() < 0.15
+    # A picture is mostly its background, so 48 of them leave a standard error of 1 / sqrt(48).
+    assert flat.mean(1).abs().max() < 3 / 48**0.5
+    assert (flat.std(1) - 1).abs().max() < 3 / 48**0.5
 
 
 def test_sixteen_held_out_captions_are_mostly_drawn_right(parts):
