@@ -1,6 +1,7 @@
 """ExecuTorch: `.pte` files, through its Python runtime (which brings torch with it)."""
 
 import contextlib
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,8 +27,11 @@ def load(bundle: "Bundle", component: str) -> Runner:
     entry = bundle.component(component)
     path = bundle.file(entry.path)
     try:
-        program = Runtime.get().load_program(path, verification=Verification.Minimal)
-        method = program.load_method("forward")
+        # It warns that its Python interface may change; the version is pinned.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = Runtime.get().load_program(path, verification=Verification.Minimal)
+            method = program.load_method("forward")
     except RuntimeError as error:
         raise BundleError(f"executorch cannot load {path}: {error}") from error
     input_names = [spec.name for spec in entry.inputs]
