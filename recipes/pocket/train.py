@@ -1,8 +1,7 @@
 """Train the embedded model from nothing: `python -m recipes.pocket.train --help`.
 
-Five stages, each seeded, checkpointed and resumed where it stood: the autoencoder in two phases,
-the text encoder's warm start, the denoiser, and the decoder once more, on what the denoiser
-makes. Nothing is downloaded: the training data are drawn.
+Four stages, each seeded, checkpointed and resumed where it stood: the autoencoder in two phases,
+the text encoder's warm start, the denoiser. Nothing is downloaded: the training data are drawn.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ from recipes.pocket.folder import write_folder
 from recipes.pocket.model import build_scheduler, build_text_encoder, build_unet, build_vae
 from recipes.pocket.sampling import Parts
 from recipes.pocket.tokenizer import build_tokenizer
-from recipes.pocket.train_decoder import train_decoder
 from recipes.pocket.train_text import train_text
 from recipes.pocket.train_unet import train_unet
 from recipes.pocket.train_vae import PHASES, normalize_latents, train_vae
 
-STEPS = {"vae": 1800, "vae_fine": 1600, "text": 400, "unet": 3800, "decoder": 600}
+STEPS = {"vae": 1800, "vae_fine": 1600, "text": 400, "unet": 3800}
 """The stages in their order, with the steps that made the shipped weights."""
 
 
@@ -110,11 +108,7 @@ def train(output: Path, stage: str = "all", steps: int | None = None, seed: int 
             train_text(parts.text_encoder, parts.tokenizer, folder, seed, count)
         else:
             _load_vae_and_text(parts, folder, seed)
-            if name == "unet":
-                train_unet(parts, folder, seed, count)
-            else:
-                parts.unet.load_state_dict(_finished(folder, "unet")["average"])
-                train_decoder(parts, folder, seed, count)
+            train_unet(parts, folder, seed, count)
             write_folder(parts, model)
         print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes")
     return model

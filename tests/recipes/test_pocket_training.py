@@ -10,7 +10,6 @@ from mobile_runtime.errors import UserError
 from recipes.pocket import train as train_module
 from recipes.pocket.captions import parse_caption
 from recipes.pocket.train import fresh_parts, main, train
-from recipes.pocket.train_decoder import train_decoder
 from recipes.pocket.train_text import _CHOICES, UNSAID, labels, train_text
 from recipes.pocket.train_unet import train_unet
 from recipes.pocket.train_vae import PHASES, drawings, normalize_latents, psnr_db, train_vae
@@ -32,9 +31,6 @@ def run_stage(name, parts, folder, stop_after=None):
     if name == "text":
         args = (parts.text_encoder, parts.tokenizer, folder, 0, 2, stop_after)
         return train_text(*args).state_dict()
-    if name == "decoder":
-        train_decoder(parts, folder, 0, 2, stop_after)
-        return parts.vae.state_dict()
     train_unet(parts, folder, 0, 2, stop_after, drawings=8, extra_pairs=2, watch_every=1000)
     return parts.unet.state_dict()
 
@@ -42,12 +38,11 @@ def run_stage(name, parts, folder, stop_after=None):
 @pytest.fixture
 def no_watching(monkeypatch):
     monkeypatch.setattr("recipes.pocket.train_unet.watch_line", lambda *_: "")
-    for stage in ("train_vae", "train_decoder"):
-        monkeypatch.setattr(f"recipes.pocket.{stage}.psnr_db", lambda *_: 0.0)
+    monkeypatch.setattr("recipes.pocket.train_vae.psnr_db", lambda *_: 0.0)
 
 
 @pytest.mark.usefixtures("no_watching")
-@pytest.mark.parametrize("name", ["vae", "text", "unet", "decoder"])
+@pytest.mark.parametrize("name", ["vae", "text", "unet"])
 def test_an_interrupted_run_resumes_to_the_same_weights(name, parts, tmp_path):
     whole = run_stage(name, parts, tmp_path / "whole")
     run_stage(name, parts, tmp_path / "broken", stop_after=1)
@@ -101,7 +96,7 @@ def test_stages_ask_for_what_comes_before(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--stage", "unets"], "choose one of: all, vae, vae_fine, text, unet, decoder"),
+        (["--stage", "unets"], "choose one of: all, vae, vae_fine, text, unet"),
         (["--steps", "5"], "--steps needs one --stage"),
         (["--stage", "vae", "--steps", "0"], "at least 1 step"),
         (["--seed", "-1"], "negative"),
