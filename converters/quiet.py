@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-
 # What these say on import is about parts of theirs that nobody uses here (CUDA kernels, other
 # packages' versions), and a user would take it for trouble.
 IMPORT_CHATTER = ("torchao", "torch.utils._pytree", "transformers", "coremltools")
