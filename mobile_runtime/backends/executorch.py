@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 
 def load(bundle: "Bundle", component: str) -> Runner:
     """Load a component's `forward`; inputs go in the manifest's order."""
-    try:
-        import torch
-        from executorch.runtime import Runtime, Verification
-    except ImportError as error:
-        raise missing_backend("executorch", "executorch", "the backend executorch") from error
-    # Registers the quantize and dequantize kernels that stay outside XNNPACK; builds without
-    # them still run programs that need none.
-    with contextlib.suppress(ImportError):
-        import executorch.kernels.quantized  # noqa: F401
     entry = bundle.component(component)
     path = bundle.file(entry.path)
-    try:
-        # It warns that its Python interface may change; the version is pinned.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    # On import and on load it warns that its Python interface may change; the version is pinned.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import torch
+            from executorch.runtime import Runtime, Verification
+        except ImportError as error:
+            raise missing_backend("executorch", "executorch", "the backend executorch") from error
+        # Registers the quantize and dequantize kernels that stay outside XNNPACK; builds without
+        # them still run programs that need none.
+        with contextlib.suppress(ImportError):
+            import executorch.kernels.quantized  # noqa: F401
+        try:
             program = Runtime.get().load_program(path, verification=Verification.Minimal)
             method = program.load_method("forward")
-    except RuntimeError as error:
-        raise BundleError(f"executorch cannot load {path}: {error}") from error
+        except RuntimeError as error:
+            raise BundleError(f"executorch cannot load {path}: {error}") from error
     input_names = [spec.name for spec in entry.inputs]
     output_names = [spec.name for spec in entry.outputs]
 
