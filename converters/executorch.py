@@ -1,22 +1,27 @@
 """ExecuTorch: an exported component becomes one XNNPACK delegate in a `.pte` file.
 
-XNNPACK has no weight-only INT8. A layer whose plan says `int8_dynamic` keeps its INT8 weights in
-the file, and XNNPACK quantizes the layer's input as it comes: a linear's by token, a convolution's
-by sample. The torch module says exactly that (recipes/quantize.py); here its graph is only written
-down in the form that XNNPACK's partitioner looks for.
+INT8 weights stay INT8 in the file. Where the plan leaves a layer's activations alone, XNNPACK
+multiplies them in float32 (converters/xnnpack.py). Where it says `int8_dynamic`, XNNPACK quantizes
+the layer's input as it comes: a linear's by token, a convolution's by sample. The torch module says
+exactly that (recipes/quantize.py); here its graph is only written down in the form that XNNPACK's
+partitioner looks for.
 """
 
+import copy
 import importlib.util
+import math
 import operator
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from converters.components import Component
@@ -43,7 +48,12 @@ quantized = torch.ops.quantized_decomposed
 # Dynamic activations: (input, weight) of the layers that XNNPACK can compute in INT8.
 _LAYERS = (aten.conv2d.default, aten.linear.default)
 _NOTHING = (aten.dropout.default, aten.contiguous.default)
-_VIEWS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.view_as.default)
+_VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.permute_copy.default,
+)
 
 
 @dataclass(frozen=True)
@@ -102,12 +112,84 @@ def _lower(
         except ImportError as error:
             raise missing_backend("executorch", "executorch", "lowering to .pte") from error
         progress("lower to XNNPACK")
+        own_storage(program)
         tidy(program.graph_module)
         write_dynamic_quantization(program.graph_module)
         config = EdgeCompileConfig(_check_ir_validity=False, preserve_ops=[aten.linear.default])
         with xnnpack.extended():
             # One decomposition of the graph, where to_edge_transform_and_lower makes three.
             return to_edge(program, compile_config=config).to_backend(xnnpack.partitioner())
+
+
+def layer_check(
+    component: Component,
+    inputs: Mapping[str, np.ndarray],
+    progress: Callable[[str], None] = lambda phase: None,
+    layers: Collection[str] | None = None,
+) -> dict[str, float]:
+    """Each quantized layer alone in ExecuTorch, fed what the torch component feeds it.
+
+    component: not rewritten, so that its layers have the plan's names. inputs: by name, as the
+    component's. layers: which to check; all that quantize their activations by default.
+    Returns the SNR in dB of each layer's output against torch's, at most 200 (equal).
+    """
+    modules = dict(component.module.named_modules())
+    if layers is None:
+        layers = [
+            name
+            for name, module in modules.items()
+            if getattr(module, "activations", "none") != "none"
+        ]
+    figures: dict[str, float] = {}
+
+    def check(
+        name: str, layer: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
+    ) -> None:
+        if name not in figures:
+            progress(f"layer {len(figures) + 1} of {len(layers)}")
+            figures[name] = round(min(_layer_snr_db(layer, args[0], out), 200.0), 2)
+
+    hooks = [
+        modules[name].register_forward_hook(
+            lambda layer, args, out, name=name: check(name, layer, args, out)
+        )
+        for name in layers
+    ]
+    try:
+        with torch.no_grad():
+            component.module(*(torch.from_numpy(inputs[spec.name]) for spec in component.inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return figures
+
+
+def _layer_snr_db(layer: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> float:
+    from executorch.runtime import Runtime
+
+    x = x.contiguous()
+    # A hook would call this function again while the layer is traced.
+    alone = copy.copy(layer)
+    alone._forward_hooks = OrderedDict()
+    with quiet("executorch"), torch.no_grad():
+        program = torch.export.export(alone, (x,))
+        buffer = _lower(program).to_executorch().buffer
+    loaded = Runtime.get().load_program(buffer)
+    (out,) = loaded.load_method("forward").execute([x])
+    signal = expected.double().square().sum()
+    noise = (out.double() - expected.double()).square().sum()
+    if noise == 0:
+        return math.inf
+    return float(10 * torch.log10(signal / noise))
+
+
+def own_storage(program: torch.export.ExportedProgram) -> None:
+    """Give every constant a storage of its own: XNNPACK's serializer writes whole storages."""
+    for constants in (program.state_dict, program.constants):
+        for name, tensor in constants.items():
+            is_part = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+            if is_part:
+                constants[name] = tensor.detach().clone()
 
 
 def tidy(graph_module: GraphModule) -> None:
@@ -128,24 +210,24 @@ def tidy(graph_module: GraphModule) -> None:
 def write_dynamic_quantization(graph_module: GraphModule) -> int:
     """Write every dynamically quantized input as XNNPACK's partitioner looks for it.
 
-    The torch module chooses one scale a row of a view of the input: by token for a linear, by
-    sample for a convolution. The partitioner wants the per-tensor operators right before the
-    layer, and XNNPACK then quantizes by token and by sample all the same. Layers that read the
-    same input share its quantization. Returns the number of layers.
+    The torch module chooses a scale for each row of a view of the input: tokens, samples, pixels.
+    The partitioner wants the per-tensor operators right before the layer, and XNNPACK then
+    quantizes by token, sample and pixel all the same. Layers that read the same input share its
+    quantization. Returns the number of layers.
     """
-    graph = graph_module.graph
-    written: dict[Node, Node] = {}
-    layers = [node for node in graph.nodes if node.target in _LAYERS]
+    written: dict[tuple[Node, bool], Node] = {}
     count = 0
-    for layer in layers:
+    for layer in [node for node in graph_module.graph.nodes if node.target in _LAYERS]:
         source = _dynamic_source(layer.args[0])
         if source is None:
             continue
-        if source not in written:
-            written[source] = _per_tensor(graph_module, source)
-        layer.replace_input_with(layer.args[0], written[source])
+        by_sample = prod(_shape(layer.args[1])[2:]) > 1
+        key = (source, by_sample)
+        if key not in written:
+            written[key] = _per_tensor(graph_module, source)
+        layer.replace_input_with(layer.args[0], written[key])
         count += 1
-    graph.eliminate_dead_code()
+    graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return count
 
@@ -153,16 +235,15 @@ def write_dynamic_quantization(graph_module: GraphModule) -> int:
 def _dynamic_source(layer_input: Any) -> Node | None:
     """The float node that a dynamic quantize-dequantize pair makes a layer's input of, if any.
 
-    Views before and after the pair only line up what shares a scale; the source has the shape that
-    the layer sees.
+    Views before the pair line up what shares a scale; as many after it put the shape back.
     """
-    node = layer_input
+    views, node = 0, layer_input
     while node.target in _VIEWS:
-        node = node.args[0]
+        views, node = views + 1, node.args[0]
     if node.target is not quantized.dequantize_per_token.default:
         return None
     source = node.args[0].args[0]
-    while _shape(source) != _shape(layer_input):
+    for _ in range(views):
         source = source.args[0]
     return source
 

@@ -6,7 +6,6 @@ leaves the function alone up to float32 rounding, and the integers of a quantize
 altogether: rows are split and scales are multiplied, never requantized.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +20,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings
 
+from converters.attention import ExplicitAttention, ExplicitClipAttention
 from converters.components import share_structure
+from converters.layers import is_quantized, linear_rows, sliced_linear
 from mobile_runtime.errors import UserError, choices
 
 Rewrite = Callable[[nn.Module], nn.Module]
@@ -36,114 +37,6 @@ def apply(module: nn.Module, names: Sequence[str]) -> nn.Module:
     for name in names:
         rewritten = REWRITES[name](rewritten)
     return rewritten
-
-
-class ExplicitAttention(nn.Module):
-    """diffusers' Attention as linears, two 3-D matrix products and a softmax.
-
-    The scale of the scores is folded into the query's weights. A picture-shaped input
-    (B, C, H, W) is flattened to tokens and back, as the Attention of an autoencoder does.
-    """
-
-    def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        unknown = [
-            name
-            for name in ("spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj")
-            if getattr(attention, name, None) is not None
-        ]
-        if unknown:
-            raise UserError(
-                f"an attention layer of this pipeline has {unknown[0]}, which the explicit form "
-                "does not know; only plain Stable Diffusion attention can be lowered here"
-            )
-        self.heads = attention.heads
-        self.residual_connection = attention.residual_connection
-        self.rescale_output_factor = attention.rescale_output_factor
-        self.group_norm = attention.group_norm
-        self.to_q = scaled_linear(attention.to_q, attention.scale)
-        self.to_k = attention.to_k
-        self.to_v = attention.to_v
-        self.to_out = nn.ModuleList([attention.to_out[0]])
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Tokens (B, L, D) or a picture (B, C, H, W) -> the same shape."""
-        if attention_mask is not None:
-            raise ValueError("explicit attention takes no mask")
-        residual, x = hidden_states, hidden_states
-        if self.group_norm is not None:
-            x = self.group_norm(x) if x.ndim == 4 else self.group_norm(x.mT).mT
-        if hidden_states.ndim == 4:
-            batch, channels, height, width = x.shape
-            x = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-        context = x if encoder_hidden_states is None else encoder_hidden_states
-        x = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
-        x = self.to_out[0](x)
-        if hidden_states.ndim == 4:
-            x = x.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        if self.residual_connection:
-            x = x + residual
-        return x if self.rescale_output_factor == 1 else x / self.rescale_output_factor
-
-
-class ExplicitClipAttention(nn.Module):
-    """CLIP's self-attention in the same form, with the causal mask added to the scores."""
-
-    def __init__(self, attention: CLIPAttention) -> None:
-        super().__init__()
-        self.heads = attention.num_heads
-        self.q_proj = scaled_linear(attention.q_proj, attention.scale)
-        self.k_proj = attention.k_proj
-        self.v_proj = attention.v_proj
-        self.out_proj = attention.out_proj
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        causal_attention_mask: torch.Tensor | None = None,
-        output_attentions: bool | None = False,
-    ) -> tuple[torch.Tensor, None]:
-        """(B, L, D) -> (B, L, D); the mask is (1, 1, L, L), added to every head's scores."""
-        if attention_mask is not None:
-            raise ValueError("explicit attention takes the causal mask only")
-        query, key, value = (
-            project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mask = causal_attention_mask
-        if mask is not None:
-            mask = mask.reshape(1, *mask.shape[-2:])
-        return self.out_proj(attend(query, key, value, self.heads, mask)), None
-
-
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    heads: int,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """softmax(Q Kᵀ + mask) V by head. Q (B, L, D), scaled; K, V (B, S, D); mask (1, L, S)."""
-    batch, tokens, width = query.shape
-    head = width // heads
-    context = key.shape[1]
-    q = query.view(batch, tokens, heads, head).permute(0, 2, 1, 3)
-    k = key.view(batch, context, heads, head).permute(0, 2, 3, 1)
-    v = value.view(batch, context, heads, head).permute(0, 2, 1, 3)
-    scores = torch.bmm(
-        q.reshape(batch * heads, tokens, head), k.reshape(batch * heads, head, context)
-    )
-    if mask is not None:
-        scores = scores + mask
-    out = torch.bmm(scores.softmax(-1), v.reshape(batch * heads, context, head))
-    out = out.view(batch, heads, tokens, head).permute(0, 2, 1, 3)
-    return out.reshape(batch, tokens, width)
 
 
 def explicit_attention(module: nn.Module) -> nn.Module:
@@ -384,55 +277,6 @@ class GatheredEmbeddings(nn.Module):
 def gathered_embeddings(module: nn.Module) -> nn.Module:
     """Make CLIP's embeddings a gather of rows plus a constant."""
     return _replace(module, CLIPTextEmbeddings, GatheredEmbeddings)
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer holds int8 weights with a scale for each output channel."""
-    return hasattr(module, "weight_int8")
-
-
-def linear_rows(linear: nn.Module) -> int:
-    """The number of output channels of a float or quantized linear."""
-    return _weight(linear).shape[0]
-
-
-def scaled_linear(linear: nn.Module, factor: float) -> nn.Module:
-    """A linear whose output is `factor` times that of `linear`; integers stay as they are."""
-    scaled = _copy(linear)
-    _set(scaled, "weight_scale" if is_quantized(linear) else "weight", lambda w: w * factor)
-    _set(scaled, "bias", lambda bias: bias * factor)
-    return scaled
-
-
-def sliced_linear(linear: nn.Module, rows: slice) -> nn.Module:
-    """A linear with some of the output channels of `linear`."""
-    part = _copy(linear)
-    for name in ("weight", "weight_int8", "weight_scale", "weight_zero_point", "bias"):
-        _set(part, name, lambda tensor: tensor[rows].clone())
-    part.out_features = linear_rows(part)  # type: ignore[assignment]
-    return part
-
-
-def _copy(layer: nn.Module) -> nn.Module:
-    """A layer of the same tensors whose tensors can be replaced."""
-    other = copy.copy(layer)
-    other._parameters, other._buffers = dict(layer._parameters), dict(layer._buffers)
-    return other
-
-
-def _weight(linear: nn.Module) -> torch.Tensor:
-    weight = linear.weight_int8 if is_quantized(linear) else linear.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
-def _set(module: nn.Module, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace a tensor of a module, if it has it, in the same role."""
-    if module._parameters.get(name) is not None:
-        changed = change(module._parameters[name].detach())  # type: ignore[union-attr]
-        module._parameters[name] = nn.Parameter(changed, requires_grad=False)
-    elif module._buffers.get(name) is not None:
-        module._buffers[name] = change(module._buffers[name])  # type: ignore[arg-type]
 
 
 def _replace(module: nn.Module, kind: type[Any], make: Callable[[Any], nn.Module]) -> nn.Module:

@@ -99,7 +99,7 @@ class QuantizedModule(nn.Module):
 
 
 class QuantizedConv2d(QuantizedModule):
-    """`nn.Conv2d` with int8 weights. Dynamic activations: one scale for each sample."""
+    """`nn.Conv2d` with int8 weights. Dynamic activations: a scale a sample, or a pixel if 1x1."""
 
     def __init__(
         self, layer: nn.Conv2d, integers: Tensor, scale: Tensor, activations: Activations
@@ -113,7 +113,9 @@ class QuantizedConv2d(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, H, W) float32."""
         if self.activations == "int8_dynamic":
-            x = fake_quantize_per_sample(x)
+            # As XNNPACK does: a 1x1 convolution is a linear of the pixels.
+            pointwise = self.kernel_size == self.stride == (1, 1)
+            x = fake_quantize_per_pixel(x) if pointwise else fake_quantize_per_sample(x)
         return F.conv2d(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
@@ -187,6 +189,11 @@ def _with_weights(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
 def fake_quantize_per_sample(x: Tensor) -> Tensor:
     """Round an activation to int8 with an asymmetric scale for each sample of the batch."""
     return fake_quantize_per_token(x.flatten(1)).view(x.shape)
+
+
+def fake_quantize_per_pixel(x: Tensor) -> Tensor:
+    """Round an activation (B, C, H, W) to int8 with an asymmetric scale for each pixel."""
+    return fake_quantize_per_token(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def fake_quantize_per_token(x: Tensor) -> Tensor:
