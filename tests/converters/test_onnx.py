@@ -48,7 +48,7 @@ def snr_db(component: Component, path: Path) -> float:
     (out,) = session(path).run(None, {name: x.numpy() for name, x in inputs.items()})
     assert out.dtype == np.float32
     assert np.isfinite(out).all()
-    noise = np.square(out - reference).mean()
+    noise = np.square(out - reference).mean() + 1e-300
     return 10 * float(np.log10(np.square(reference).mean() / noise))
 
 
