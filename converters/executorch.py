@@ -165,31 +165,31 @@ def layer_check(
 
 
 def _layer_snr_db(layer: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> float:
-    from executorch.runtime import Runtime
-
     x = x.contiguous()
     # A hook would call this function again while the layer is traced.
     alone = copy.copy(layer)
     alone._forward_hooks = OrderedDict()
+    # The runtime warns that its Python interface may change.
     with quiet("executorch"), torch.no_grad():
+        from executorch.runtime import Runtime
+
         program = torch.export.export(alone, (x,))
         buffer = _lower(program).to_executorch().buffer
-    loaded = Runtime.get().load_program(buffer)
-    (out,) = loaded.load_method("forward").execute([x])
+        loaded = Runtime.get().load_program(buffer)
+        (out,) = loaded.load_method("forward").execute([x])
     signal = expected.double().square().sum()
     noise = (out.double() - expected.double()).square().sum()
-    if noise == 0:
-        return math.inf
-    return float(10 * torch.log10(signal / noise))
+    return float(10 * torch.log10(signal / noise)) if noise > 0 else math.inf
 
 
 def own_storage(program: torch.export.ExportedProgram) -> None:
     """Give every constant a storage of its own: XNNPACK's serializer writes whole storages."""
     for constants in (program.state_dict, program.constants):
         for name, tensor in constants.items():
-            is_part = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-            if is_part:
-                constants[name] = tensor.detach().clone()
+            if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+                alone = tensor.detach().clone()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                constants[name] = nn.Parameter(alone, False) if is_parameter else alone
 
 
 def tidy(graph_module: GraphModule) -> None:

@@ -39,7 +39,7 @@ def generate(
     guidance: float = 2.0,
     seed: int = 0,
     batch: int = 64,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Draw captions with DDIM and classifier-free guidance: uint8 (N, 64, 64, 3).
 

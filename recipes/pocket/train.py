@@ -1,7 +1,8 @@
 """Train the embedded model from nothing: `python -m recipes.pocket.train --help`.
 
-Four stages, each seeded, checkpointed and resumed where it stood: the autoencoder in two phases,
-the text encoder's warm start, the denoiser. Nothing is downloaded: the training data are drawn.
+Five stages, each seeded, checkpointed and resumed where it stood: the autoencoder in two phases,
+the text encoder's warm start, the denoiser in two phases. Nothing is downloaded: the training data
+are drawn.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from recipes.pocket.model import build_scheduler, build_text_encoder, build_unet
 from recipes.pocket.sampling import Parts
 from recipes.pocket.tokenizer import build_tokenizer
 from recipes.pocket.train_text import train_text
+from recipes.pocket.train_unet import PHASES as UNET_PHASES
 from recipes.pocket.train_unet import train_unet
-from recipes.pocket.train_vae import PHASES, normalize_latents, train_vae
+from recipes.pocket.train_vae import PHASES as VAE_PHASES
+from recipes.pocket.train_vae import normalize_latents, train_vae
 
-STEPS = {"vae": 1800, "vae_fine": 1600, "text": 400, "unet": 3800}
+STEPS = {"vae": 1800, "vae_fine": 1600, "text": 400, "unet": 3800, "unet_fine": 3000}
 """The stages in their order, with the steps that made the shipped weights."""
 
 
@@ -98,17 +101,20 @@ def train(output: Path, stage: str = "all", steps: int | None = None, seed: int 
         count = steps or STEPS[name]
         parts = fresh_parts(folder, seed)
         if name == "vae":
-            train_vae(parts.vae, PHASES[0], folder, seed, count)
+            train_vae(parts.vae, VAE_PHASES[0], folder, seed, count)
         elif name == "vae_fine":
             parts.vae.load_state_dict(_finished(folder, "vae")["module"])
-            train_vae(parts.vae, PHASES[1], folder, seed, count)
+            train_vae(parts.vae, VAE_PHASES[1], folder, seed, count)
         elif name == "text":
             torch.manual_seed(seed)
             parts.text_encoder = build_text_encoder(parts.tokenizer)
             train_text(parts.text_encoder, parts.tokenizer, folder, seed, count)
         else:
             _load_vae_and_text(parts, folder, seed)
-            train_unet(parts, folder, seed, count)
+            if name == "unet_fine":
+                parts.unet.load_state_dict(_finished(folder, "unet")["average"])
+            phase = next(phase for phase in UNET_PHASES if phase.name == name)
+            train_unet(parts, phase, folder, seed, count)
             write_folder(parts, model)
         print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes")
     return model

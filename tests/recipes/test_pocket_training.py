@@ -11,6 +11,7 @@ from recipes.pocket import train as train_module
 from recipes.pocket.captions import parse_caption
 from recipes.pocket.train import fresh_parts, main, train
 from recipes.pocket.train_text import _CHOICES, UNSAID, labels, train_text
+from recipes.pocket.train_unet import PHASES as UNET_PHASES
 from recipes.pocket.train_unet import train_unet
 from recipes.pocket.train_vae import PHASES, drawings, normalize_latents, psnr_db, train_vae
 from recipes.pocket.training import step_generator, to_pictures, to_tensor
@@ -31,7 +32,9 @@ def run_stage(name, parts, folder, stop_after=None):
     if name == "text":
         args = (parts.text_encoder, parts.tokenizer, folder, 0, 2, stop_after)
         return train_text(*args).state_dict()
-    train_unet(parts, folder, 0, 2, stop_after, drawings=8, extra_pairs=2, watch_every=1000)
+    train_unet(
+        parts, UNET_PHASES[0], folder, 0, 2, stop_after, drawings=8, extra_pairs=2, watch_every=1000
+    )
     return parts.unet.state_dict()
 
 
@@ -42,13 +45,13 @@ def no_watching(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_watching")
-@pytest.mark.parametrize("name", ["vae", "text", "unet"])
+@pytest.mark.parametrize("name", ["vae", "text", "unet", "unet_fine"])
 def test_an_interrupted_run_resumes_to_the_same_weights(name, parts, tmp_path):
     whole = run_stage(name, parts, tmp_path / "whole")
     run_stage(name, parts, tmp_path / "broken", stop_after=1)
     resumed = run_stage(name, parts, tmp_path / "broken")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    untrained = {"text": parts.text_encoder, "unet": parts.unet}.get(name, parts.vae)
+    untrained = {"vae": parts.vae, "text": parts.text_encoder}.get(name, parts.unet)
     assert any(not torch.equal(whole[k], v) for k, v in untrained.state_dict().items())
 
 
