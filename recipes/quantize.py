@@ -31,9 +31,15 @@ Activations = Literal["none", "int8_dynamic", "int8_static"]
 
 ops = torch.ops.quantized_decomposed
 
+_DROPPED_BITS = (1 << (23 - 10)) - 1
+"""Of a float32's 23 stored bits, those that a float16 has no room for."""
+
 
 def max_abs_scale(weight: Tensor) -> Tensor:
     """The symmetric scale of each channel (axis 0): max|w| / 127, and 1 for a channel of zeros.
+
+    Rounded up to 11 significant bits, which is what float16 has: a target that keeps its scales
+    in float16 then holds the same number as one that keeps them in float32.
 
     weight: (channels, ...) float32, finite. Returns (channels,) float32, finite and positive.
     """
@@ -41,6 +47,8 @@ def max_abs_scale(weight: Tensor) -> Tensor:
     peak = torch.maximum(-low, high)
     # Below the smallest normal number 1 / scale would overflow.
     scale = (peak / QUANT_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    rounded = (scale.view(torch.int32) + _DROPPED_BITS) & ~_DROPPED_BITS
+    scale = torch.where(scale.isfinite(), rounded.view(torch.float32), scale)
     # Asked this way, NaN and Inf stay in the scale, where `run` sees them.
     return torch.where(peak == 0, torch.ones_like(scale), scale)
 
