@@ -1,10 +1,15 @@
 """Shared fixtures: tiny, seeded pipelines of the real classes, so that tests are quick."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+# Read when torch is first imported. These models are so small that on a shared machine OpenMP's
+# threads would spend most of their time spinning for each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def make_tiny_pipeline(seed: int = 0) -> Any:
