@@ -1,11 +1,13 @@
 """The command that the three targets share: `python -m converters.TARGET --recipe NAME`."""
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from mobile_runtime.errors import run_cli
+from mobile_runtime.errors import missing_backend, run_cli
 from mobile_runtime.manifest import Target
 from recipes import overrides, schema
 
@@ -40,6 +42,7 @@ def parser_for(target: Target) -> argparse.ArgumentParser:
         "--recipe", required=True, metavar="NAME", help="see `python -m recipes list`; or a file"
     )
     parser.add_argument(
+        "-o",
         "--output",
         type=Path,
         metavar="DIR",
@@ -69,16 +72,10 @@ def main(target: Target, argv: list[str]) -> int:
     """Convert, validate, tell; the exit code is 1 when the bundle misses a gate."""
     arguments = parser_for(target).parse_args(argv)
     recipe = schema.load(arguments.recipe, _changes(arguments))
-    # Torch and the target's library are imported only for a request that is right so far.
+    # Only a request that is right so far is worth the seconds that these take.
+    _import_torch(target)
+    from converters.convert import Request, convert, dry_run
     from converters.progress import Progress
-    from converters.quiet import IMPORT_CHATTER, quiet
-
-    # diffusers sets its own level on import, to this.
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    with quiet(*IMPORT_CHATTER):
-        import diffusers.pipelines.stable_diffusion  # noqa: F401
-
-        from converters.convert import Request, convert, dry_run
 
     output = arguments.output or Path("bundles") / f"{recipe.name}-{target}"
     request = Request(recipe, target, output, arguments.force, arguments.save_pipeline)
@@ -100,6 +97,26 @@ def main(target: Target, argv: list[str]) -> int:
     return 0 if report.verdict == "pass" else 1
 
 
+def _import_torch(target: Target) -> None:
+    """Import torch and what builds on it, without their chatter; UserError where one is missing."""
+    from converters.quiet import IMPORT_CHATTER, quiet
+
+    # diffusers sets its own level on import, to this.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    with quiet(*IMPORT_CHATTER):
+        for library in ("torch", "transformers", "diffusers"):
+            try:
+                importlib.import_module(library)
+            except ImportError as error:
+                if error.name != library:
+                    raise  # it is installed, and broken
+                raise missing_backend(library, target, "converting") from error
+        # Loaded at first use, past `quiet`, if not here.
+        import diffusers.pipelines.stable_diffusion  # noqa: F401
+
+        import converters.convert  # noqa: F401
+
+
 def _changes(arguments: argparse.Namespace) -> dict[str, object]:
     changes = overrides.from_arguments(arguments)
     if arguments.vae_encoder:
@@ -112,6 +129,6 @@ def _mb(size: float) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def run(target: Target) -> None:
-    """The end of each target's module."""
+def run(target: Target) -> NoReturn:
+    """What each target's module does when it is run."""
     sys.exit(run_cli(lambda argv: main(target, argv)))

@@ -14,8 +14,9 @@ from converters import components, golden, rewrites, support
 from converters.components import Component
 from converters.progress import Progress
 from converters.schedule import choose_scheduler, compile_schedule
-from converters.source import Source, open_source
+from converters.source import Source, check_resolution, open_source
 from mobile_runtime.bundle import Bundle, BundleWriter
+from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import (
     ComponentEntry,
     ComponentName,
@@ -30,6 +31,7 @@ from mobile_runtime.manifest import (
 from mobile_runtime.pipeline import Pipeline
 from mobile_runtime.tokenizer import ClipTokenizer
 from recipes import stages
+from recipes.faults import RecipeError, collected
 from recipes.schema import Recipe
 
 TARGET_MODULES: dict[Target, str] = {
@@ -70,17 +72,17 @@ def convert(request: Request, progress: Progress) -> Bundle:
     whatever happens, nothing half made is left at the output.
     """
     recipe = request.recipe
-    scheme = support.scheme_for(request.target, recipe)
     target = target_module(request.target)
-    options = target.prepare(recipe, scheme)
-    BundleWriter.check_free(request.output, request.force)
+    progress("check the request")
+    checked = check(request)
+    scheme, options = checked.scheme, checked.options
+    generation, schedules = checked.generation, checked.schedules
 
     progress(f"open {recipe.source.model}")
-    source = _open(recipe)
+    source = _open(recipe, weights=True)
     pipeline = source.pipeline
-    pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
-    generation, schedules = compile_generation(pipeline, recipe)
-    stages.check(pipeline, recipe)
+    pipeline.scheduler = checked.pipeline.scheduler
+    del checked
 
     with BundleWriter(request.output, request.force) as writer:
         tokenizer = write_tokenizer(pipeline, writer.path)
@@ -95,7 +97,7 @@ def convert(request: Request, progress: Progress) -> Bundle:
         built = build_components(pipeline, recipe)
         vectors = golden.write(cases, built, make_pipeline, writer.path, progress)
 
-        if request.target == "onnx":
+        if request.target == "onnx" and not options.ort_format:
             target.write_optimum_files(pipeline, writer.path, recipe.components, recipe.resolution)
         entries = []
         info = source.info
@@ -135,11 +137,56 @@ def target_module(target: Target) -> Any:
     return importlib.import_module(TARGET_MODULES[target])
 
 
-def _open(recipe: Recipe, weights: bool = True) -> Source:
-    size = (recipe.height, recipe.width)
-    return open_source(
-        recipe.source.model, recipe.source.revision, resolution=size, weights=weights
-    )
+@dataclass(frozen=True)
+class Checked:
+    """What the checks of a request found; the pipeline's modules are on the meta device."""
+
+    scheme: support.Scheme
+    options: Any
+    pipeline: Any
+    generation: Generation
+    schedules: tuple[ScheduleTable, ...]
+
+
+def check(request: Request) -> Checked:
+    """Every check that needs no weights; UserError tells all that does not fit the source."""
+    recipe = request.recipe
+    scheme = support.scheme_for(request.target, recipe)
+    options = target_module(request.target).prepare(recipe, scheme)
+    _check_free(request)
+    pipeline = _open(recipe, weights=False).pipeline
+    pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
+    faults: list[str] = []
+    with collected(faults):
+        check_resolution(pipeline, recipe.height, recipe.width)
+    with collected(faults):
+        stages.check(pipeline, recipe)
+    with collected(faults):
+        compiled = compile_generation(pipeline, recipe)
+    if faults:
+        raise RecipeError(f"recipe {recipe.name}", faults)
+    build_components(pipeline, recipe)  # refuses a module that has no component's shape
+    return Checked(scheme, options, pipeline, *compiled)
+
+
+def _check_free(request: Request) -> None:
+    """Refuse an output that is taken, and two outputs of which one would replace the other."""
+    BundleWriter.check_free(request.output, request.force)
+    saved = request.save_pipeline
+    if saved is None:
+        return
+    one, other = request.output.resolve(), saved.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise UserError(
+            f"--save-pipeline {saved} and --output {request.output} lie one in the other; choose "
+            "two folders side by side"
+        )
+    if saved.exists() or saved.is_symlink():
+        raise UserError(f"{saved} already exists; choose another --save-pipeline")
+
+
+def _open(recipe: Recipe, weights: bool) -> Source:
+    return open_source(recipe.source.model, recipe.source.revision, weights=weights)
 
 
 def compile_generation(
@@ -157,8 +204,9 @@ def compile_generation(
         guidance_scale=recipe.schedule.guidance_scale,
         default_steps=recipe.schedule.steps,
     )
-    every = (recipe.schedule.steps, *recipe.schedule.other_steps)
-    return generation, tuple(compile_schedule(pipeline.scheduler, steps) for steps in every)
+    return generation, tuple(
+        compile_schedule(pipeline.scheduler, steps) for steps in recipe.schedule.every_steps
+    )
 
 
 def build_components(pipeline: Any, recipe: Recipe) -> dict[str, Component]:
@@ -221,7 +269,8 @@ def _lower(
     rewritten = replace(component, module=rewrites.apply(component.module, target.REWRITES))
     program = components.export(rewritten)
     progress(f"lower {component.name}")
-    lowered = target.lower(rewritten, program, writer.path, options, progress.detail)
+    with writer.scratch():
+        lowered = target.lower(rewritten, program, writer.path, options, progress.detail)
     del program, rewritten
     details = dict(lowered.details)
     if any(plan.activations != "none" for plan in mine):
@@ -262,18 +311,13 @@ def tool_versions() -> dict[str, str]:
 def dry_run(request: Request) -> str:
     """What `convert` would make: sizes, schemes and the support check, from configs alone."""
     recipe = request.recipe
-    scheme = support.scheme_for(request.target, recipe)
-    target_module(request.target).prepare(recipe, scheme)
-    BundleWriter.check_free(request.output, request.force)
-    pipeline = _open(recipe, weights=False).pipeline
-    pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
-    _, schedules = compile_generation(pipeline, recipe)
-    stages.check(pipeline, recipe)
+    checked = check(request)
+    scheme, pipeline, schedules = checked.scheme, checked.pipeline, checked.schedules
     plans = [plan for stage in recipe.stages for plan in stages.plan(pipeline, stage)]
     int8 = {plan.layer for plan in plans if plan.weights == "int8"}
     lines = [f"{recipe.name} for {request.target}: {scheme.name}, computed in {scheme.arithmetic}"]
     lines += [f"note: {scheme.note}"] if scheme.note else []
-    lines.append(f"{'component':14}{'parameters':>15}{'GMACs':>9}{'int8 layers':>13}{'MB':>10}")
+    lines.append(f"{'component':14}{'parameters':>16}{'GMACs':>14}{'int8 layers':>13}{'MB':>12}")
     total = 0.0
     for name, component in build_components(pipeline, recipe).items():
         size = 0.0
@@ -283,10 +327,10 @@ def dry_run(request: Request) -> str:
             size += parameter.numel() * (1 if quantized else float_bytes)
         parameters, macs = components.count_parameters(component), components.count_macs(component)
         layers = sum(layer.split(".")[0] == name for layer in int8)
-        lines.append(f"{name:14}{parameters:15,}{macs / 1e9:9.2f}{layers:13}{size / 1e6:10.1f}")
+        lines.append(f"{name:14}{parameters:16,}{macs / 1e9:14.2f}{layers:13}{size / 1e6:12.1f}")
         total += size
     steps = ", ".join(str(table.steps) for table in schedules)
-    lines.append(f"{'models':14}{total / 1e6:47.1f}")
+    lines.append(f"{'models':14}{total / 1e6:55.1f}")
     lines.append(f"{schedules[0].scheduler}, {steps} steps; {recipe.width}x{recipe.height} pixels")
     lines.append(f"would be written to {request.output}; nothing was written")
     return "\n".join(lines)

@@ -6,6 +6,12 @@ wrong by up to half a radian. And the saved package is read back: it holds the s
 PyTorch module, and no constant that fp16 made infinite.
 """
 
+if __name__ == "__main__":
+    # Before the imports below: help and a wrong request need no torch.
+    from converters.cli import run
+
+    run("coreml")
+
 import fnmatch
 import hashlib
 import math
@@ -144,6 +150,8 @@ def lower(
         _describe(model, component)
         progress("save the package")
         model.save(str(path))
+    # coremltools leaves it in the package, which does not list it; no runtime reads it.
+    (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
     progress("read the package back")
     details = {
         "deployment_target": options.deployment_target,
@@ -408,9 +416,3 @@ def _subnormal(scale: Constant) -> int:
 
 def _hash(array: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(array).data).digest()
-
-
-if __name__ == "__main__":
-    from converters.cli import run
-
-    run("coreml")

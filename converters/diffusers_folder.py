@@ -6,6 +6,7 @@ is named here, so nothing that a folder says is ever imported or run.
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,27 @@ MODELS: dict[str, tuple[str, str]] = {
     "text_encoder": ("model", "CLIPTextModel"),
     "unet": ("diffusion_pytorch_model", "UNet2DConditionModel"),
     "vae": ("diffusion_pytorch_model", "AutoencoderKL"),
+}
+
+# What config.json gives as a number above 0, or as a list of them.
+SIZES: dict[str, tuple[str, ...]] = {
+    "text_encoder": (
+        "hidden_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "vocab_size",
+    ),
+    "unet": (
+        "attention_head_dim",
+        "block_out_channels",
+        "cross_attention_dim",
+        "in_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "out_channels",
+    ),
+    "vae": ("block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups"),
 }
 
 
@@ -39,22 +61,6 @@ def assemble(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, scheduler: 
     )
 
 
-def check_resolution_of(unet_config: Any, vae_config: Any, height: int, width: int) -> None:
-    """The same from the two configurations (mappings), before any weight is loaded."""
-    halvings = (
-        len(vae_config["block_out_channels"]) - 1 + len(unet_config["block_out_channels"]) - 1
-    )
-    multiple = 2**halvings
-    for side, name in ((height, "height"), (width, "width")):
-        if side % multiple or side < multiple:
-            below, above = side // multiple * multiple, (side // multiple + 1) * multiple
-            nearest = f"{below} or {above}" if below else f"{above}"
-            raise UserError(
-                f"resolution: a {name} of {side} pixels is no multiple of {multiple}, which this "
-                f"pipeline's VAE and UNet need; the nearest is {nearest}"
-            )
-
-
 def no_safetensors(component: str, files: list[str], where: str) -> str:
     if any(file.endswith((".bin", ".ckpt", ".pt")) for file in files):
         return (
@@ -67,13 +73,13 @@ def no_safetensors(component: str, files: list[str], where: str) -> str:
 
 
 def open_folder(
-    folder: Path, where: str, resolution: tuple[int, int] | None = None, weights: bool = True
+    folder: Path, where: str, weights: bool = True, check_files: bool = True
 ) -> tuple[Any, dict[str, str]]:
     """Open a diffusers folder; every check that needs no weights comes first.
 
-    where: what messages call the folder. resolution: (height, width) to check against the
-    configurations. weights: False leaves the modules on the meta device. Returns the fp32
-    pipeline, and each weight file's SHA-256 by relative path.
+    where: what messages call the folder. weights: False leaves the modules on the meta device.
+    check_files: False where the folder need not hold its weights. Returns the fp32 pipeline, and
+    each weight file's SHA-256 by relative path (none without weights).
     """
     index = _read_json(folder / "model_index.json", where)
     _check_index(index, where)
@@ -81,24 +87,23 @@ def open_folder(
         component: _read_json(folder / component / "config.json", where) for component in MODELS
     }
     _check_configs(configs, where)
-    if resolution:
-        check_resolution_of(configs["unet"], configs["vae"], *resolution)
     for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"):
         if not (folder / name).is_file():
             raise UserError(f"{where}: {name} is missing; download the whole pipeline again")
     hashes: dict[str, str] = {}
     modules: dict[str, Any] = {}
-    if weights:
-        variants: dict[str, str | None] = {}
-        for component in MODELS:
-            files, variants[component] = _weight_files(folder, component, where)
-            for file in files:
-                check_safetensors(file)
+    variants: dict[str, str | None] = {}
+    for component in MODELS if check_files else ():
+        files, variants[component] = _weight_files(folder, component, where)
+        for file in files:
+            check_safetensors(file)
+            if weights:
                 hashes[file.relative_to(folder).as_posix()] = sha256(file)
-        for component in MODELS:
+    for component in MODELS:
+        if weights:
             modules[component] = _load_module(folder, component, variants[component], where)
-    else:
-        for component in MODELS:
+            check_finite(modules[component], component)
+        else:
             modules[component] = _empty_module(component, configs[component], where)
     pipeline = assemble(
         **modules,
@@ -116,7 +121,7 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
         )
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} should hold a JSON object")
@@ -159,7 +164,31 @@ def _check_configs(configs: dict[str, dict[str, Any]], where: str) -> None:
     for component, key in (("unet", "block_out_channels"), ("vae", "block_out_channels")):
         if not isinstance(configs[component].get(key), list):
             raise UserError(f"{where}: {component}/config.json has no {key}")
-    latent, takes, gives = vae.get("latent_channels"), unet.get("in_channels"), unet["out_channels"]
+    for component, keys in SIZES.items():
+        for key in keys:
+            value = configs[component].get(key)
+            sizes = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(size) is int and size > 0 for size in sizes):
+                raise UserError(
+                    f"{where}: {component}/config.json has {key} {value!r}; it should be a whole "
+                    "number above 0, or a list of them"
+                )
+    factor = vae.get("scaling_factor", 1.0)
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:
+        raise UserError(
+            f"{where}: vae/config.json has scaling_factor {factor!r}; it should be a number above "
+            "0 (0.18215 for Stable Diffusion)"
+        )
+    latent, takes, gives = (
+        vae.get("latent_channels"),
+        unet.get("in_channels"),
+        unet.get("out_channels"),
+    )
+    if None in (latent, takes, gives):
+        raise UserError(
+            f"{where}: unet/config.json needs in_channels and out_channels, and vae/config.json "
+            "latent_channels; at least one is missing"
+        )
     if not latent == takes == gives:
         raise UserError(
             f"{where}: the UNet takes {takes} and gives {gives} channels and the VAE has {latent}; "
@@ -177,7 +206,10 @@ def _weight_files(folder: Path, component: str, where: str) -> tuple[list[Path],
             return [single], variant
         index = folder / component / f"{stem}.safetensors.index{suffix}.json"
         if index.is_file():
-            names = sorted(set(_read_json(index, where).get("weight_map", {}).values()))
+            weight_map = _read_json(index, where).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index} has no weight_map; download the whole pipeline again")
+            names = sorted({str(name) for name in weight_map.values()})
             files = [folder / component / Path(name).name for name in names]
             missing = [file.name for file in files if not file.is_file()]
             if missing or not files:
@@ -203,12 +235,22 @@ def check_safetensors(path: Path) -> None:
         ) from None
 
 
+def check_finite(module: Any, component: str) -> None:
+    """Refuse loaded weights that hold NaN or Inf: every figure of theirs would be NaN."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"the source's weights are not finite: {component}.{name} holds NaN or Inf; "
+                "download or save them again"
+            )
+
+
 @contextlib.contextmanager
 def told(what: str) -> Iterator[None]:
     """Turn what a library says about a bad file into one sentence."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{what} cannot be loaded: {lines[0][:300]}") from error
 

@@ -7,6 +7,12 @@ exactly that (recipes/quantize.py); here its graph is only written down in the f
 partitioner looks for.
 """
 
+if __name__ == "__main__":
+    # Before the imports below: help and a wrong request need no torch.
+    from converters.cli import run
+
+    run("executorch")
+
 import copy
 import importlib.util
 import math
@@ -319,9 +325,3 @@ _MACS: dict[str, Callable[[Node], int]] = {
     "matmul.default": _product_macs,
     "addmm.default": lambda node: prod(_shape(node)) * _shape(node.args[1])[-1],
 }
-
-
-if __name__ == "__main__":
-    from converters.cli import run
-
-    run("executorch")

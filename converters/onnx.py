@@ -4,6 +4,12 @@ INT8 weights stay INT8 initializers, each behind a DequantizeLinear. The bundle'
 out as Optimum's `ORTDiffusionPipeline.from_pretrained` expects (`write_optimum_files`).
 """
 
+if __name__ == "__main__":
+    # Before the imports below: help and a wrong request need no torch.
+    from converters.cli import run
+
+    run("onnx")
+
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -104,7 +110,7 @@ def lower(
     progress("write the model")
     external = _initializer_bytes(model) > LIMIT_BYTES
     ir.save(model, path, external_data="model.onnx.data" if external else None)
-    details = {
+    details: dict[str, Any] = {
         "opset": options.opset,
         "precision": options.precision,
         "external_data": external,
@@ -118,6 +124,8 @@ def lower(
     if options.ort_format:
         progress("convert to .ort")
         path = _to_ort(path, folder)
+        details["op_kinds"] = _ort_op_kinds(path)
+        details["note"] = "model.ort in place of model.onnx: for ONNX Runtime, not for Optimum"
     return Lowered(path, path.suffix[1:], details)
 
 
@@ -337,7 +345,7 @@ def _to_ort(path: Path, folder: Path) -> Path:
     ):
         config = folder / name
         # The tool leaves its files open, and Python warns.
-        with quiet("ort_format_model"):
+        with quiet("ort_format_model.utils"):
             create_config_from_models(models, config, types)
         # The tool writes full paths into its comment.
         text = config.read_text(encoding="utf-8").replace(f"{folder}/", "")
@@ -345,7 +353,13 @@ def _to_ort(path: Path, folder: Path) -> Path:
     return path.with_suffix(".ort")
 
 
-if __name__ == "__main__":
-    from converters.cli import run
+def _ort_op_kinds(path: Path) -> dict[str, int]:
+    """The operators of an .ort file, which were fused when it was made, and how many of each."""
+    # Importing it puts the module that reads the format on the path.
+    import onnxruntime.tools.ort_format_model  # noqa: F401
+    from ort_flatbuffers_py.fbs.InferenceSession import InferenceSession
 
-    run("onnx")
+    session = InferenceSession.GetRootAsInferenceSession(path.read_bytes(), 0)
+    graph = session.Model().Graph()
+    kinds = Counter(graph.Nodes(i).OpType().decode() for i in range(graph.NodesLength()))
+    return dict(sorted(kinds.items()))

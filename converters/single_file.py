@@ -4,27 +4,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from converters.architectures import ARCHITECTURES, Architecture, write_config_folder
-from converters.diffusers_folder import assemble, check_resolution_of, check_safetensors, told
+from converters.architectures import Architecture, write_config_folder
+from converters.diffusers_folder import assemble, check_finite, check_safetensors, told
 from mobile_runtime.errors import UserError
 
 
-def open_single_file(path: Path, resolution: tuple[int, int] | None = None) -> tuple[Any, str]:
-    """Open a checkpoint with our own configurations, so that no network is asked.
-
-    Returns the fp32 pipeline and the name of its architecture.
-    """
+def check_single_file(path: Path) -> str:
+    """The architecture of a checkpoint, told from its header; UserError where it is none."""
     if path.suffix != ".safetensors":
         raise UserError(
             f"{path} is no .safetensors file; a pickle (.ckpt, .bin, .pt) may run code when "
             "opened, so convert it first"
         )
     check_safetensors(path)
-    name = identify_checkpoint(path)
-    architecture = ARCHITECTURES[name]
-    if resolution:
-        check_resolution_of(architecture.unet, architecture.vae, *resolution)
-    return load_single_file(path, architecture), name
+    return identify_checkpoint(path)
 
 
 def identify_checkpoint(path: Path) -> str:
@@ -43,7 +36,8 @@ def identify_checkpoint(path: Path) -> str:
             if key in keys
         }
     width, context = ((*shapes.values(), (), ())[:2]) if len(shapes) == 2 else ((), ())
-    if len(width) != 4 or width[1] != 4 or any(k.startswith("conditioner.") for k in keys):
+    is_known = len(width) == 4 and width[1] == 4 and len(context) >= 2
+    if not is_known or any(key.startswith("conditioner.") for key in keys):
         raise UserError(
             f"{path} is no text-to-image checkpoint of Stable Diffusion 1.x, 2.x or Turbo in the "
             "original format; save it as a diffusers folder and pass that"
@@ -61,7 +55,10 @@ def identify_checkpoint(path: Path) -> str:
 
 
 def load_single_file(path: Path, architecture: Architecture) -> Any:
-    """Read an original-format checkpoint into a pipeline of the given architecture, offline."""
+    """Read an original-format checkpoint into a pipeline of the given architecture.
+
+    The configurations are our own, so that no network is asked.
+    """
     import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.loaders.single_file_utils import SingleFileComponentError
@@ -81,6 +78,7 @@ def load_single_file(path: Path, architecture: Architecture) -> Any:
     for name in ("unet", "vae", "text_encoder"):
         if any(tensor.is_meta for tensor in getattr(loaded, name).state_dict().values()):
             raise UserError(f"{path} cannot be loaded: it lacks tensors of the {name}")
+        check_finite(getattr(loaded, name), name)
     loaded.tokenizer.name_or_path = ""
     return assemble(
         loaded.unet, loaded.vae, loaded.text_encoder, loaded.tokenizer, loaded.scheduler

@@ -11,18 +11,13 @@ from typing import Any
 
 from converters.architectures import (
     ARCHITECTURES,
+    Architecture,
     empty_modules,
     random_modules,
     write_clip_tokenizer,
 )
-from converters.diffusers_folder import (
-    MODELS,
-    assemble,
-    check_resolution_of,
-    no_safetensors,
-    open_folder,
-)
-from converters.single_file import open_single_file
+from converters.diffusers_folder import MODELS, assemble, no_safetensors, open_folder
+from converters.single_file import check_single_file, load_single_file
 from mobile_runtime.bundle import sha256
 from mobile_runtime.errors import UserError, choices
 from recipes.schema import RANDOM_ARCHITECTURES
@@ -45,21 +40,20 @@ class Source:
     info: dict[str, Any]
 
 
-def open_source(
-    model: str,
-    revision: str | None = None,
-    *,
-    resolution: tuple[int, int] | None = None,
-    weights: bool = True,
-) -> Source:
+def open_source(model: str, revision: str | None = None, *, weights: bool = True) -> Source:
     """Open a Stable Diffusion 1.x or 2.x pipeline.
 
     model: hub id, diffusers folder, single .safetensors file, `embedded`, or `random:ARCH`.
-    resolution: (height, width) to check against the configurations before any weight loads.
-    weights: False gives the modules on the meta device, for their sizes, and neither downloads nor
-    reads weights (a single file is loaded all the same).
+    weights: False gives the modules on the meta device, for their sizes; it downloads no weights,
+    and of those that are here it reads the headers alone, so that a damaged file is told.
     Raises UserError with one sentence: what, where, and the ways out.
     """
+    if model.startswith(("https://", "http://")):
+        raise UserError(
+            f"the source {model!r} is an address: for https://huggingface.co/OWNER/NAME drop the "
+            "address and give OWNER/NAME alone; anything else download first, and give the folder "
+            "or the .safetensors file"
+        )
     path = Path(model).expanduser()
     # A hub id is two plain words; everything else that has a slash or exists is a path.
     looks_like_path = (
@@ -69,15 +63,13 @@ def open_source(
     if local and revision is not None:
         raise UserError(f"--revision goes with a hub id, and {model} is none; remove it")
     if model == "embedded":
-        return _open_embedded(resolution, weights)
+        return _open_embedded(weights)
     if model.startswith("random:"):
-        return _open_random(model, resolution, weights)
+        return _open_random(model, weights)
     if path.is_file():
-        pipeline, name = open_single_file(path, resolution)
-        info = {"kind": "file", "id": path.name, "architecture": name}
-        return Source(pipeline, {**info, "weights_sha256": {path.name: sha256(path)}})
+        return _open_file(path, weights)
     if path.is_dir():
-        pipeline, hashes = open_folder(path, str(path), resolution, weights)
+        pipeline, hashes = open_folder(path, str(path), weights)
         info = {"kind": "folder", "id": path.resolve().name}
         return Source(pipeline, {**info, "weights_sha256": hashes})
     if looks_like_path or model.count("/") != 1:
@@ -85,52 +77,73 @@ def open_source(
             f"the source {model!r} is no folder or file, and no hub id (owner/name), embedded or "
             f"random:ARCH ({', '.join(RANDOM_ARCHITECTURES)})"
         )
-    return _open_hub(model, revision, resolution, weights)
+    return _open_hub(model, revision, weights)
 
 
 def check_resolution(pipeline: Any, height: int, width: int) -> None:
     """Refuse a picture size that the VAE and the UNet's levels cannot halve evenly."""
-    check_resolution_of(pipeline.unet.config, pipeline.vae.config, height, width)
+    levels = (pipeline.vae.config.block_out_channels, pipeline.unet.config.block_out_channels)
+    multiple = 2 ** sum(len(widths) - 1 for widths in levels)
+    faults = []
+    for side, name in ((height, "height"), (width, "width")):
+        below, above = side // multiple * multiple, (side // multiple + 1) * multiple
+        if side != below:
+            nearest = f"{below} or {above}" if below else f"{above}"
+            faults.append(
+                f"resolution: a {name} of {side} pixels is no multiple of {multiple}, which this "
+                f"pipeline's VAE and UNet need; the nearest is {nearest}"
+            )
+    if faults:
+        raise UserError("; ".join(faults))
 
 
-def _open_embedded(resolution: tuple[int, int] | None, weights: bool) -> Source:
+def _open_embedded(weights: bool) -> Source:
     folder = Path(str(importlib.resources.files("recipes.pocket").joinpath("weights")))
     if not (folder / "model_index.json").is_file():
         raise UserError(
             "this installation holds no embedded model (recipes/pocket/weights); install the "
             "package again, or train it with: python -m recipes.pocket train"
         )
-    pipeline, hashes = open_folder(folder, "the embedded model", resolution, weights)
+    pipeline, hashes = open_folder(folder, "the embedded model", weights)
     return Source(pipeline, {"kind": "embedded", "id": "embedded", "weights_sha256": hashes})
 
 
-def _open_random(
-    model: str, resolution: tuple[int, int] | None, weights: bool, seed: int = 0
-) -> Source:
-    import diffusers
-    from transformers import CLIPTokenizer
+def _open_file(path: Path, weights: bool) -> Source:
+    name = check_single_file(path)
+    info = {"kind": "file", "id": path.name, "architecture": name}
+    architecture = ARCHITECTURES[name]
+    if not weights:
+        return Source(_of_architecture(architecture, empty_modules(architecture)), info)
+    pipeline = load_single_file(path, architecture)
+    return Source(pipeline, {**info, "weights_sha256": {path.name: sha256(path)}})
 
+
+def _open_random(model: str, weights: bool, seed: int = 0) -> Source:
     name = model.removeprefix("random:")
     if name not in RANDOM_ARCHITECTURES:
         raise choices("architecture", name, list(RANDOM_ARCHITECTURES))
     architecture = ARCHITECTURES[name]
-    if resolution:
-        check_resolution_of(architecture.unet, architecture.vae, *resolution)
+    modules = random_modules(architecture, seed) if weights else empty_modules(architecture)
+    info = {"kind": "random", "id": model, "seed": seed}
+    return Source(_of_architecture(architecture, modules), info)
+
+
+def _of_architecture(architecture: Architecture, modules: tuple[Any, Any, Any]) -> Any:
+    """The pipeline of an architecture around its UNet, VAE and text encoder."""
+    import diffusers
+    from transformers import CLIPTokenizer
+
     with tempfile.TemporaryDirectory() as folder:
         write_clip_tokenizer(Path(folder), architecture.pad_token)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     # from_pretrained remembers the folder, which is gone.
     tokenizer.name_or_path = ""
     scheduler = getattr(diffusers, architecture.scheduler_class)(**architecture.scheduler)
-    modules = random_modules(architecture, seed) if weights else empty_modules(architecture)
     unet, vae, text_encoder = modules
-    pipeline = assemble(unet, vae, text_encoder, tokenizer, scheduler)
-    return Source(pipeline, {"kind": "random", "id": model, "seed": seed})
+    return assemble(unet, vae, text_encoder, tokenizer, scheduler)
 
 
-def _open_hub(
-    model: str, revision: str | None, resolution: tuple[int, int] | None, weights: bool
-) -> Source:
+def _open_hub(model: str, revision: str | None, weights: bool) -> Source:
     """Ask the hub once for the commit; without an answer, take what the cache holds."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -182,7 +195,8 @@ def _open_hub(
                 f"({_reason(error)}); {WAYS_OUT}"
             ) from None
         commit = Path(folder).name
-    pipeline, hashes = open_folder(Path(folder), at, resolution, weights)
+    # Without weights the snapshot may hold the configurations alone.
+    pipeline, hashes = open_folder(Path(folder), at, weights, check_files=weights)
     info = {"kind": "hub", "id": model, "revision": commit}
     return Source(pipeline, {**info, "weights_sha256": hashes})
 

@@ -87,7 +87,7 @@ def scheme_for(target: Target, recipe: Recipe) -> Scheme:
     weights: Weights = "float"
     for stage in recipe.stages:
         if stage.quantize:
-            dynamic = stage.quantize.activations == "int8_dynamic"
+            dynamic = "int8_dynamic" in stage.quantize.every_activations
             weights = "int8_dynamic" if dynamic else "int8"
     found = SUPPORT[target, recipe.precision, weights]
     if isinstance(found, Refusal):

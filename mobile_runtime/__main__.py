@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import os
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -12,17 +12,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mobile_runtime import backends
 from mobile_runtime.backends import BACKENDS
-from mobile_runtime.bundle import MANIFEST, REPORTS, Bundle
+from mobile_runtime.bundle import MANIFEST, Bundle
 from mobile_runtime.errors import UserError, run_cli
-from mobile_runtime.pictures import (
-    contact_sheet,
-    psnr_db,
-    sheet_scale,
-    side_by_side,
-    write_png,
-)
+from mobile_runtime.parity import picture_psnr_db
+from mobile_runtime.pictures import contact_sheet, sheet_scale, side_by_side, write_png
 from mobile_runtime.pipeline import Pipeline, Result
+from mobile_runtime.report import check_writable, told_verdict
 from mobile_runtime.tokenizer import ClipTokenizer
 
 EXAMPLES = """examples:
@@ -32,6 +29,13 @@ EXAMPLES = """examples:
   python -m mobile_runtime info BUNDLE
   python -m mobile_runtime validate BUNDLE
 """
+
+MAX_SEEDS = 10_000
+# A file's name has at most 255 bytes; the seed, the number and a partial file's ending come on top.
+MAX_SLUG_BYTES = 120
+# As much of a text as a message shows.
+SHOWN_LETTERS = 80
+OTHER_PICTURES = (".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".tif", ".tiff", ".webp")
 
 
 def main(argv: list[str]) -> int:
@@ -76,7 +80,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=_seeds, metavar="LIST", help="several, as in 0-3,7: each prompt with each"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="one of those compiled (see info)")
-    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1: none")
+    parser.add_argument("--guidance", type=_guidance, metavar="G", help="guidance scale; 1: none")
     parser.add_argument("--negative", metavar="TEXT", help="what not to draw")
     parser.add_argument("--backend", choices=sorted(set(BACKENDS) - {"torch"}), help="the runtime")
     parser.add_argument(
@@ -109,20 +113,38 @@ def _seeds(text: str) -> list[int]:
         if match is None:
             raise argparse.ArgumentTypeError(f"{part!r} is no seed and no range; write 0-3,7")
         first = int(match[1])
-        seeds += range(first, int(match[2] or first) + 1)
-    if not seeds:
-        raise argparse.ArgumentTypeError(f"{text!r} names no seed; write 0-3,7")
+        found = range(first, int(match[2] or first) + 1)
+        if not found:
+            raise argparse.ArgumentTypeError(f"{part!r} names no seed; write 0-3,7")
+        # Asked before the range becomes a list, which may not fit into the memory.
+        if found[-1] - first >= MAX_SEEDS - len(seeds):
+            raise argparse.ArgumentTypeError(f"{text!r} names more than {MAX_SEEDS} seeds")
+        seeds += found
     return seeds
+
+
+def _guidance(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number; write 7.5, say")
+    return scale
 
 
 def generate(args: argparse.Namespace) -> int:
     """Make pictures: one file, or a folder of them with a contact sheet."""
     seeds = args.seeds or [args.seed]
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
+    for text in [*args.prompts, args.negative or ""]:
+        _check_text(text)
     outputs, sheet_path = _outputs(args.output, jobs)
     _check_free([*outputs, *([sheet_path] if sheet_path else [])], args.force)
     bundle = Bundle.open(args.bundle)
     options = _options(args.option)
+    name = args.backend or backends.default_backend(bundle.manifest.target)
+    backends.check_options(name, options)
     pipeline = Pipeline.from_bundle(bundle, args.backend, **options)
     reference = _reference(args.compare, bundle) if args.compare else None
     # Wrong steps are told before any picture is made.
@@ -130,7 +152,10 @@ def generate(args: argparse.Namespace) -> int:
     tokenizer = ClipTokenizer.from_bundle(bundle)
     for prompt in args.prompts:
         if dropped := tokenizer.dropped(prompt):
-            print(f"warning: {prompt!r} is too long and loses {dropped!r}", file=sys.stderr)
+            told = f"{_short(prompt)!r} is too long and loses {_short(dropped)!r}"
+            print(f"warning: {told}", file=sys.stderr)
+    if args.negative and _guidance_scale(bundle, args) <= 1:
+        print("warning: --negative has no effect without guidance", file=sys.stderr)
     pictures: list[np.ndarray] = []
     count = len(jobs) * sum(table.steps for table in tables)
     # disable=None: no bar where the output is not a terminal.
@@ -145,11 +170,11 @@ def generate(args: argparse.Namespace) -> int:
                         f"{args.compare} makes pictures of {other.shape[:2]}, "
                         f"this bundle of {picture.shape[:2]}; they cannot be compared"
                     )
-                told += f", {psnr_db(picture, other):.2f} dB from the reference"
+                told += f", {picture_psnr_db(other, picture):.2f} dB from the reference"
                 picture = side_by_side(other, picture)
             write_png(output, picture, _metadata(bundle, prompt, seed, tables[0].steps, args))
             pictures.append(picture)
-            bar.write(f"{output}: {prompt!r}, seed {seed}, {told}", sys.stdout)
+            bar.write(f"{output}: {_short(prompt)!r}, seed {seed}, {told}", sys.stdout)
     if sheet_path is not None:
         captions = [f"{prompt} ({seed})" if len(seeds) > 1 else prompt for prompt, seed in jobs]
         columns = 1 if args.compare else len(seeds) if len(seeds) > 1 else None
@@ -186,28 +211,46 @@ def _outputs(
 ) -> tuple[list[Path], Path | None]:
     """Where each picture goes, and the contact sheet if there are several."""
     names = [f"{_slug(prompt)}-{seed}.png" for prompt, seed in jobs]
+    suffix = output.suffix.lower() if output else ""
+    if suffix in OTHER_PICTURES:
+        raise UserError(f"pictures are PNG files; name a .png file or a folder, not {output}")
     if len(jobs) > 1:
         folder = output or Path("pictures")
-        if folder.suffix == ".png":
+        if suffix == ".png":
             raise UserError(f"{folder} is one picture and {len(jobs)} are asked for; name a folder")
         numbered = [folder / f"{index:03d}-{name}" for index, name in enumerate(names)]
         return numbered, folder / "contact_sheet.png"
     if output is None:
         return [Path(names[0])], None
-    return [output if output.suffix == ".png" else output / names[0]], None
+    return [output if suffix == ".png" else output / names[0]], None
 
 
 def _slug(prompt: str) -> str:
-    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-").encode()
+    # A character that the cut has split is left out.
+    return words[:MAX_SLUG_BYTES].decode(errors="ignore").rstrip("-") or "picture"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 3]}..."
+
+
+def _check_text(text: str) -> None:
+    """Refuse what no text is: Python's stand-ins for the bytes of an argument that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the prompt {_short(text)!a} is not UTF-8; check the terminal's encoding"
+        ) from error
 
 
 def _check_free(paths: Sequence[Path], force: bool) -> None:
     for path in paths:
         if path.exists() and not force:
             raise UserError(f"{path} already exists; choose another --output, or add --force")
-        above = next(folder for folder in path.absolute().parents if folder.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK)):
-            raise UserError(f"{above} is no folder that can be written to; choose another --output")
+    for folder in {path.parent for path in paths}:
+        check_writable(folder)
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -219,7 +262,7 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--option {pair} has no value; write --option {pair}=VALUE")
         try:
             options[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also numbers of thousands of digits
             options[key] = value
     return options
 
@@ -227,17 +270,23 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 def _metadata(
     bundle: Bundle, prompt: str, seed: int, steps: int, args: argparse.Namespace
 ) -> dict[str, str]:
-    generation = bundle.manifest.generation
-    guidance = generation.guidance_scale if args.guidance is None else args.guidance
-    negative = generation.negative_prompt if args.negative is None else args.negative
+    guidance = _guidance_scale(bundle, args)
+    own = bundle.manifest.generation.negative_prompt
+    negative = own if args.negative is None else args.negative
     return {
         "prompt": prompt,
-        "negative_prompt": negative,
+        # Without guidance it has no part in the picture.
+        **({"negative_prompt": negative} if guidance > 1 else {}),
         "seed": str(seed),
         "steps": str(steps),
         "guidance_scale": str(guidance),
         "bundle": f"{bundle.manifest.name} {bundle.manifest_sha256}",
     }
+
+
+def _guidance_scale(bundle: Bundle, args: argparse.Namespace) -> float:
+    own = bundle.manifest.generation.guidance_scale
+    return own if args.guidance is None else float(args.guidance)
 
 
 def info(args: argparse.Namespace) -> int:
@@ -265,8 +314,7 @@ def info(args: argparse.Namespace) -> int:
         )
     for note in manifest.notes:
         print(f"note      {note}")
-    reports = [name for name in REPORTS if bundle.file(name).is_file()]
-    print(f"reports   {', '.join(reports) or 'none: not validated yet'}")
+    print(f"validated: {told_verdict(bundle)}")
     return 0
 
 

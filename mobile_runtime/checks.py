@@ -7,6 +7,7 @@ check that was not run. Neither ever counts as passed.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from mobile_runtime import backends
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError, UserError
 from mobile_runtime.latency import Latency, measure
-from mobile_runtime.manifest import ComponentName, Gates
+from mobile_runtime.manifest import ComponentName, Gates, TensorSpec
 from mobile_runtime.parity import (
     Status,
     TensorVerdict,
@@ -77,21 +78,59 @@ class Case:
     source: Arrays
 
 
-def golden_cases(bundle: Bundle, component: ComponentName) -> list[Case]:
-    """The golden cases of a component, in order."""
-    golden = bundle.manifest.golden
-    tensors = bundle.golden(golden.components[component])
+@dataclass(frozen=True)
+class GoldenFile:
+    """The tensors of one golden file; what is asked for and not there is an error by its name."""
 
-    def group(prefix: str) -> Arrays:
+    path: Path
+    tensors: Arrays
+
+    def get(
+        self, name: str, shape: tuple[int, ...] | None = None, dtype: type | None = None
+    ) -> np.ndarray:
+        """One tensor; BundleError where it is missing or, if they are given, of another form."""
+        if name not in self.tensors:
+            raise BundleError(f"{self.path} has no tensor {name}; make the bundle again")
+        tensor = self.tensors[name]
+        if shape is not None and tensor.shape != shape:
+            raise BundleError(f"{self.path}: {name} has shape {tensor.shape}, not {shape}")
+        if dtype is not None and tensor.dtype != dtype:
+            raise BundleError(
+                f"{self.path}: {name} has dtype {tensor.dtype}, not {np.dtype(dtype)}"
+            )
+        return tensor
+
+    def group(self, prefix: str, specs: Sequence[TensorSpec]) -> Arrays:
+        """The tensors under a prefix, by the rest of their names; each of `specs` is there."""
+        for spec in specs:
+            self.get(prefix + spec.name)
         return {
-            key.removeprefix(prefix): value
-            for key, value in tensors.items()
-            if key.startswith(prefix)
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix)
         }
 
+
+def open_golden(bundle: Bundle, relative: str) -> GoldenFile:
+    """Read one golden file of a bundle."""
+    return GoldenFile(bundle.file(relative), bundle.golden(relative))
+
+
+def golden_cases(bundle: Bundle, component: ComponentName) -> list[Case]:
+    """The golden cases of a component, in order; raises BundleError where one is not whole."""
+    golden = bundle.manifest.golden
+    count = golden.cases.get(component, 0)
+    if count == 0:
+        return []
+    entry = bundle.component(component)
+    file = open_golden(bundle, golden.components[component])
     return [
-        Case(group(f"{k}/in/"), group(f"{k}/out/"), group(f"{k}/source/"))
-        for k in range(golden.cases[component])
+        Case(
+            file.group(f"{k}/in/", entry.inputs),
+            file.group(f"{k}/out/", entry.outputs),
+            file.group(f"{k}/source/", entry.outputs),
+        )
+        for k in range(count)
     ]
 
 
@@ -122,9 +161,9 @@ def check_component(
     repeats: timed calls; 0 measures no latency. step: told what is being run.
     """
     tell = Teller(component, runtime.label)
-    if not bundle.manifest.golden.cases.get(component):
-        return [tell("outputs", "not_run", "the bundle holds no golden cases for it")], None
     cases = golden_cases(bundle, component)
+    if not cases:
+        return [tell("outputs", "not_run", "the bundle holds no golden cases for it")], None
     step(f"{component} in {runtime.label}: load")
     try:
         start = time.perf_counter()
@@ -230,12 +269,26 @@ def _figures(
     details = {"cases": [_case_row(k, verdict) for k, verdict in verdicts]}
     k, worst = min(verdicts, key=lambda item: rank(item[1]))
     status: Status = worst.status
+    broken = _broken_reference(kind, cases)
+    if broken is not None:
+        return tell(kind, "fail", broken, gate=gate_db, details=details)
     if gate_db is None and status == "fail":
         # Without a gate the form is judged by the check of the outputs alone; the source may have
         # another form, where a stage changes it.
         status = "not_gated"
     reason = worst.reason if len(verdicts) == 1 else f"{worst.reason} (case {k}, the worst)"
     return tell(kind, status, reason, gate=gate_db, details=details, **figures_of(worst))
+
+
+def _broken_reference(
+    kind: Literal["same_function", "source"], cases: Sequence[Case]
+) -> str | None:
+    """The first reference that is not finite: it proves nothing, with a gate or without."""
+    for k, case in enumerate(cases):
+        for name, reference in getattr(case, kind).items():
+            if not np.isfinite(reference).all():
+                return f"{name} has a reference that is not finite (case {k})"
+    return None
 
 
 def rank(verdict: TensorVerdict) -> tuple[bool, bool, float]:

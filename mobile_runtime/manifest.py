@@ -4,10 +4,20 @@ Every path is relative to the bundle's folder, uses `/`, and stays inside it. Ev
 keys that it does not know, so that a misspelt key is an error and not a silent default.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 SCHEMA_VERSION = 1
 
@@ -15,12 +25,19 @@ Target = Literal["onnx", "coreml", "executorch"]
 ComponentName = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 DType = Literal["float32", "float16", "int32", "int64"]
 
+# What the pipeline calls; a bundle may hold other components beside these.
+PIPELINE_COMPONENTS: tuple[ComponentName, ...] = ("text_encoder", "unet", "vae_decoder")
+
 
 def _inside(path: str) -> str:
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts or "\0" in path:
         raise ValueError(f"the path {path!r} points outside the bundle")
     return path
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
@@ -36,7 +53,7 @@ class TensorSpec(Strict):
     """One named input or output of a component; shapes are static."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[PositiveInt, ...] = Field(min_length=1)
     dtype: DType
     layout: str = Field(description="one letter an axis, e.g. NCHW; 'N' alone for a vector")
     range: tuple[float, float] | None = Field(
@@ -51,8 +68,8 @@ class ComponentEntry(Strict):
     name: ComponentName
     path: RelativePath = Field(description="a file, or a folder for .mlpackage")
     format: Literal["onnx", "ort", "mlpackage", "pte"]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     scheme: str = Field(description="float32, float16, w8, w8a8_dynamic, ...: what the file holds")
     parameters: int
     macs: int = Field(description="multiply-adds of one call")
@@ -96,9 +113,15 @@ class ScheduleTable(Strict):
 
     scheduler: str = Field(description="the diffusers class it was compiled from")
     prediction_type: str
-    steps: int
+    steps: PositiveInt
     init_noise_sigma: float
     rows: tuple[ScheduleRow, ...]
+
+    @model_validator(mode="after")
+    def _one_row_a_step(self) -> "ScheduleTable":
+        if len(self.rows) != self.steps:
+            raise ValueError(f"a schedule of {self.steps} steps has {len(self.rows)} rows")
+        return self
 
 
 class TokenizerFiles(Strict):
@@ -106,7 +129,7 @@ class TokenizerFiles(Strict):
 
     vocab: RelativePath = "tokenizer/vocab.json"
     merges: RelativePath = "tokenizer/merges.txt"
-    max_length: int
+    max_length: int = Field(ge=2, description="the begin and the end count")
     bos_token_id: int
     eos_token_id: int
     pad_token_id: int
@@ -115,14 +138,14 @@ class TokenizerFiles(Strict):
 class Generation(Strict):
     """What the pipeline needs beside its models. Shapes: latents (1, C, h, w), picture H x W."""
 
-    latent_channels: int
-    latent_height: int
-    latent_width: int
-    height: int
-    width: int
-    scaling_factor: float = Field(description="the decoder gets latents / scaling_factor")
+    latent_channels: PositiveInt
+    latent_height: PositiveInt
+    latent_width: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+    scaling_factor: float = Field(gt=0, description="the decoder gets latents / scaling_factor")
     guidance_scale: float = Field(description="1 or less: no guidance, one UNet call a step")
-    default_steps: int
+    default_steps: PositiveInt
     negative_prompt: str = ""
 
 
@@ -131,8 +154,8 @@ class GoldenPrompt(Strict):
 
     prompt: str
     negative_prompt: str = ""
-    seed: int
-    steps: int
+    seed: int = Field(ge=0, lt=2**64)
+    steps: PositiveInt
     guidance_scale: float
 
 
@@ -140,12 +163,22 @@ class Golden(Strict):
     """Stored inputs and outputs (see mobile_runtime/bundle.py for the tensors' names)."""
 
     components: dict[ComponentName, RelativePath]
-    cases: dict[ComponentName, int]
-    conditioning_pairs: tuple[tuple[int, int], ...] = Field(
+    cases: dict[ComponentName, NonNegativeInt]
+    conditioning_pairs: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = Field(
         default=(), description="UNet cases equal but for the prompt: (with prompt, empty prompt)"
     )
     pipeline: RelativePath
     prompts: tuple[GoldenPrompt, ...]
+
+    @model_validator(mode="after")
+    def _cases_are_there(self) -> "Golden":
+        for name, count in self.cases.items():
+            if count and name not in self.components:
+                raise ValueError(f"{name} has {count} golden cases and no file of them")
+        for pair in self.conditioning_pairs:
+            if max(pair) >= self.cases.get("unet", 0):
+                raise ValueError(f"the conditioning pair {pair} names a case that unet has not")
+        return self
 
 
 class Gates(Strict):
@@ -198,6 +231,17 @@ class Manifest(Strict):
     golden: Golden
     gates: Gates
     files: tuple[FileEntry, ...]
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Manifest":
+        names = [entry.name for entry in self.components]
+        paths = [entry.path for entry in self.files]
+        faults = [f"there is no {name}" for name in PIPELINE_COMPONENTS if name not in names]
+        faults += [f"the component {name} is listed twice" for name in _repeated(names)]
+        faults += [f"the file {path} is listed twice" for path in _repeated(paths)]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
 
     def component(self, name: str) -> ComponentEntry | None:
         """The entry of one component, or None."""

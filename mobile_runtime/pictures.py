@@ -1,5 +1,6 @@
 """Pictures on disk: PNG files that say how they were made, contact sheets, comparisons."""
 
+import errno
 import io
 import math
 import os
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from mobile_runtime.errors import UserError
+from mobile_runtime.parity import picture_psnr_db
 
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 MARGIN = 8
@@ -20,16 +22,11 @@ FONT_SIZE = 13
 AMPLIFICATION = 10
 
 
-def psnr_db(picture: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal to noise ratio of 8-bit pictures, in dB; infinite if they are equal."""
-    if picture.shape != reference.shape:
-        raise ValueError(f"pictures of {picture.shape} and {reference.shape} cannot be compared")
-    error = np.mean((picture.astype(np.float64) - reference.astype(np.float64)) ** 2)
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
-
-
 def write_png(path: Path, picture: np.ndarray, text: dict[str, str] | None = None) -> None:
-    """Write (H, W, 3) uint8, with `text` as the file's metadata; whole or not at all."""
+    """Write (H, W, 3) uint8, with `text` as the file's metadata; whole or not at all.
+
+    Raises UserError, which names the file, where the system refuses it.
+    """
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
@@ -43,8 +40,9 @@ def write_png(path: Path, picture: np.ndarray, text: dict[str, str] | None = Non
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    except OSError as error:
+        hint = "; free space and run again" if error.errno == errno.ENOSPC else ""
+        raise UserError(f"cannot write {path}: {error.strerror}{hint}") from error
 
 
 def contact_sheet(
@@ -87,7 +85,7 @@ def side_by_side(reference: np.ndarray, picture: np.ndarray) -> np.ndarray:
     """Reference, picture, and their difference around grey, amplified; with the PSNR."""
     difference = picture.astype(np.int16) - reference.astype(np.int16)
     shown = np.clip(128 + AMPLIFICATION * difference, 0, 255).astype(np.uint8)
-    psnr = psnr_db(picture, reference)
+    psnr = picture_psnr_db(reference, picture)
     told = "equal" if math.isinf(psnr) else f"{psnr:.1f} dB"
     return contact_sheet(
         [reference, picture, shown],

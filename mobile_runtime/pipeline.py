@@ -14,7 +14,7 @@ import numpy as np
 from mobile_runtime import backends
 from mobile_runtime.backends import Runner
 from mobile_runtime.errors import GateError, PocketError, UserError
-from mobile_runtime.manifest import Generation, ScheduleTable
+from mobile_runtime.manifest import PIPELINE_COMPONENTS, Generation, ScheduleTable
 from mobile_runtime.noise import Noise
 from mobile_runtime.sampler import needs_fresh_noise, sample
 from mobile_runtime.tokenizer import ClipTokenizer
@@ -79,9 +79,9 @@ class Pipeline:
         cls, bundle: "Bundle", backend: str | None = None, **options: Any
     ) -> "Pipeline":
         """Load a bundle's components in a backend (None: the target's own) with its options."""
-        names = ("text_encoder", "unet", "vae_decoder")
-        components = {
-            name: backends.load(bundle, name, backend=backend, **options) for name in names
+        components: dict[str, Runner] = {
+            name: backends.load(bundle, name, backend=backend, **options)
+            for name in PIPELINE_COMPONENTS
         }
         return cls(
             components,

@@ -10,6 +10,11 @@ name them:
 
     pytest -p mobile_runtime.pytest_plugin --bundle=build/pocket_int8.onnx tests
 
+A test's id begins with the bundle's folder; name it to run that test alone:
+
+    pytest -p mobile_runtime.pytest_plugin --bundle=build/pocket_int8.onnx \\
+        'pocket_int8.onnx::unet_outputs[onnxruntime]'
+
 A gated check that fails, or that could not run, is a failed test. A figure that has no gate is
 skipped with the figure as its reason. Each model runs once, when the first of its tests needs it.
 """
@@ -39,15 +44,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect the bundle: alone, or after the tests that were named."""
+    """Collect the bundle: alone, after the tests that were named, or its named tests."""
     folder = config.getoption("--bundle")
     if folder is None:
         return
     manifest = Path(folder, MANIFEST)
     if not manifest.is_file():
         raise pytest.UsageError(f"--bundle: {folder} is not a bundle: it has no {MANIFEST}")
-    named = config.args_source is pytest.Config.ArgsSource.ARGS
-    config.args = [*(config.args if named else []), str(manifest.absolute())]
+    named = config.args if config.args_source is pytest.Config.ArgsSource.ARGS else []
+    # The ids that pytest prints become paths, which is what it looks for.
+    prefix, path = f"{_folder_name(manifest)}::", str(manifest.absolute())
+    args = [
+        f"{path}::{arg.removeprefix(prefix)}" if arg.startswith(prefix) else arg for arg in named
+    ]
+    config.args = args if args != named else [*named, path]
+
+
+def _folder_name(manifest: Path) -> str:
+    return manifest.resolve().parent.name
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "BundleFile | None":
@@ -55,7 +69,9 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "BundleFil
     folder = parent.config.getoption("--bundle")
     if folder is None or file_path.resolve() != Path(folder, MANIFEST).resolve():
         return None
-    return BundleFile.from_parent(parent, path=file_path)
+    name = _folder_name(file_path)
+    # A bundle mostly lies outside pytest's root folder, and then has no id of its own.
+    return BundleFile.from_parent(parent, path=file_path, name=name, nodeid=name)
 
 
 class BundleFile(pytest.File):
@@ -75,11 +91,16 @@ class BundleFile(pytest.File):
                     name = f"{entry.name}_{kind}[{runtime.label}]"
                     yield CheckItem.from_parent(self, name=name, group=group, kind=kind)
         prompts = range(len(bundle.manifest.golden.prompts))
+        last = chosen[-1].label
         group = CheckGroup(lambda: check_pipeline(bundle, chosen[-1], prompts, step=_quiet)[0])
         for prompt in prompts:
             for kind in PROMPT_KINDS:
-                name = f"pipeline_{kind}[{chosen[-1].label}-prompt{prompt}]"
+                name = f"pipeline_{kind}[{last}-prompt{prompt}]"
                 yield CheckItem.from_parent(self, name=name, group=group, kind=kind, prompt=prompt)
+        if not prompts:
+            # The check that says that no picture was run.
+            name = f"pipeline_outputs[{last}]"
+            yield CheckItem.from_parent(self, name=name, group=group, kind="outputs")
 
 
 def _quiet(text: str) -> None:

@@ -38,6 +38,10 @@ Kind = Literal[
     "elsewhere",  # what only another machine can check
 ]
 PIPELINE = "pipeline"
+# The comparisons that a bundle's gates hold, where they are set.
+GATEABLE: tuple[Kind, ...] = (
+    *("same_function", "source", "layers_at_conversion", "picture", "source_picture"),
+)
 
 
 class Check(Strict):
@@ -96,6 +100,7 @@ def conclude(checks: tuple[Check, ...]) -> tuple[Verdict, str]:
     """The verdict on a bundle, and one sentence about it.
 
     pass: something ran, and every gated check passed. What could not run never counts as passed.
+    The sentence of a pass also names what was not run, and what has no gate.
     """
     gated = [check for check in checks if check.gated]
     failed = next((check for check in gated if check.status == "fail"), None)
@@ -109,7 +114,21 @@ def conclude(checks: tuple[Check, ...]) -> tuple[Verdict, str]:
         return "not_run", "No model was run"
     skipped = [f"{_place(c)} ({c.reason})" for c in checks if c.status == "not_run"]
     note = f"; not run: {', '.join(skipped)}" if skipped else ""
+    ungated = _not_gated(checks)
+    note += f"; not gated: {', '.join(ungated)}" if ungated else ""
     return "pass", f"All {len(gated)} gated checks passed{note}"
+
+
+def _not_gated(checks: tuple[Check, ...]) -> list[str]:
+    """The comparisons that a gate could hold and none does; the places, if only some are open."""
+    told = []
+    for kind in GATEABLE:
+        mine = [check for check in checks if check.kind == kind]
+        places = [_place(check) for check in mine if check.status == "not_gated"]
+        if places:
+            name = kind.replace("_", " ")
+            told.append(name if len(places) == len(mine) else f"{name} of {' and '.join(places)}")
+    return told
 
 
 def _place(check: Check) -> str:
@@ -120,7 +139,7 @@ def _place(check: Check) -> str:
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     """Write report.json and report.html into a folder, each whole or not at all.
 
-    Raises UserError where the folder cannot be written.
+    Raises UserError where the folder cannot be written, or the disk is full.
     """
     from mobile_runtime.report_html import render
 
@@ -130,9 +149,23 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
             folder / REPORT_JSON, report.model_dump_json(indent=1, exclude={"pictures"}) + "\n"
         )
         return json_path, _write_atomically(folder / REPORT_HTML, render(report))
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
         raise UserError(
             f"the report cannot be written to {folder}: {error.strerror}; choose another --output"
+        ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless files can be made in a folder, which need not exist yet."""
+    try:
+        places = (folder.absolute(), *folder.absolute().parents)
+        # Trying is the only sure test: rights say nothing of a file system that takes no files.
+        with tempfile.TemporaryFile(dir=next(place for place in places if place.exists())):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder} is no folder that can be written to ({error.strerror}); "
+            "choose another --output"
         ) from error
 
 
@@ -158,17 +191,40 @@ def read_report(bundle: Bundle, folder: Path | None = None) -> Report:
             f"{bundle.path} has not been validated; run: "
             f"python -m mobile_runtime validate {bundle.path}"
         )
-    try:
-        report = Report.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise BundleError(f"{path} is not a valid report: {where}: {fault['msg']}") from error
+    report = _load(path)
     if report.manifest_sha256 != bundle.manifest_sha256:
         raise BundleError(
             f"{path} was made for another bundle (its manifest differs); validate this one again"
         )
     return report
+
+
+def _load(path: Path) -> Report:
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise BundleError(f"{path} is not a valid report: {where}: {fault['msg']}") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def told_verdict(bundle: Bundle) -> str:
+    """What the report in the bundle says of this very bundle, in a line."""
+    path = bundle.path / REPORT_JSON
+    if not path.exists():
+        return f"not validated yet; run: python -m mobile_runtime validate {bundle.path}"
+    try:
+        report = _load(path)
+    except BundleError:
+        return "the report is unreadable (not validated)"
+    if report.manifest_sha256 != bundle.manifest_sha256:
+        return "the report is of another manifest (not validated)"
+    if report.verdict == "pass":
+        return f"pass, {report.created}"
+    word = {"fail": "FAILED", "not_run": "NOT RUN"}[report.verdict]
+    return f"{word}: {report.summary}"
 
 
 def decibel(check: Check | None) -> str:

@@ -31,6 +31,7 @@ from mobile_runtime.report import (
     PIPELINE,
     Check,
     Report,
+    check_writable,
     conclude,
     format_table,
     write_report,
@@ -202,6 +203,8 @@ def run(args: argparse.Namespace) -> int:
     then, so that an earlier report stays.
     """
     bundle = Bundle.open(args.bundle)
+    # A validation may take minutes; a report that cannot be kept is told before.
+    check_writable(args.output or bundle.path)
     report = validate(bundle, backend=args.backend, prompts=args.prompts, repeats=args.repeats)
     models = [check for check in report.checks if check.kind == "outputs"]
     if all(check.status == "not_run" for check in models):

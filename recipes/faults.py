@@ -1,7 +1,9 @@
 """Every fault of a recipe at once, each a sentence with its dotted key and a close match."""
 
+import contextlib
 import copy
 import difflib
+from collections.abc import Iterator
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -21,6 +23,15 @@ class RecipeError(UserError):
         else:
             told = "".join(f"\n  - {fault}" for fault in faults)
             super().__init__(f"{where} has {len(faults)} faults:{told}")
+
+
+@contextlib.contextmanager
+def collected(faults: list[str]) -> Iterator[None]:
+    """Keep what is refused inside for later, so that other faults can be told with it."""
+    try:
+        yield
+    except UserError as error:
+        faults.append(str(error))
 
 
 def validate(
@@ -84,6 +95,7 @@ _PLAIN_WORDS = {
     "int_type": "should be a whole number",
     "float_type": "should be a number",
     "bool_type": "should be true or false",
+    "too_short": "should have at least one item",
 }
 
 

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from mobile_runtime.errors import UserError
-from recipes.faults import RecipeError
+from recipes.faults import collected
 from recipes.strict_yaml import parse_yaml
 
 # Option: (the recipe's key, its placeholder, what it is, whether it is plain text).
@@ -39,24 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The overrides that the options ask for: dotted keys to values, for `schema.load`."""
     overrides: dict[str, Any] = {}
-    faults = []
+    faults: list[str] = []
     for option, (key, _, _, is_text) in OPTIONS.items():
         given = getattr(arguments, option.removeprefix("--"))
         if given is not None:
-            overrides[key] = given if is_text else parse_yaml(given, option)
+            with collected(faults):
+                overrides[key] = given if is_text else parse_yaml(given, option)
     for setting in arguments.set:
         key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
+        if not equals or not all(part.strip() for part in key.split(".")):
             faults.append(f"--set {setting}: write it as key=value, e.g. --set schedule.steps=10")
             continue
         key = key.strip()
         if key in overrides:
             faults.append(f"{key}: is set twice on the command line")
             continue
-        try:
+        with collected(faults):
             overrides[key] = parse_yaml(text, f"--set {key}")
-        except RecipeError as error:
-            faults.append(str(error))
     if faults:
         raise UserError("; ".join(faults))
     return overrides

@@ -252,13 +252,14 @@ def quantizable_layers(pipeline: Any, components: Sequence[str]) -> dict[str, nn
 
 def check(pipeline: Any, settings: QuantizeSettings) -> None:
     """Refuse, before any work, a rule whose pattern matches no layer (all such rules told)."""
-    if settings.activations == "int8_static":
-        raise UserError(
-            "quantize.activations: int8_static needs scales from a calibration, which no stage "
-            "makes yet; use none or int8_dynamic"
+    faults = []
+    if "int8_static" in settings.every_activations:
+        faults.append(
+            "activations: int8_static needs scales from a calibration, which no stage makes yet; "
+            "use none, or for ExecuTorch int8_dynamic"
         )
     layers = list(quantizable_layers(pipeline, settings.components))
-    faults = [
+    faults += [
         _no_match(rule.layers, layers, settings.components)
         for rule in settings.rules
         if not fnmatch.filter(layers, rule.layers)

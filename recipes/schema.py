@@ -27,6 +27,8 @@ from recipes.strict_yaml import parse_yaml
 FOLDER = Path(__file__).parent
 RANDOM_ARCHITECTURES = ("sd_turbo", "sd21", "sd15")
 MAX_RECIPE_BYTES = 1_000_000
+# Without these there is no picture, and no golden run of the pipeline.
+NEEDED_COMPONENTS: tuple[ComponentName, ...] = ("text_encoder", "unet", "vae_decoder")
 
 Activations = Literal["none", "int8_dynamic", "int8_static"]
 SchedulerName = Literal[
@@ -117,7 +119,7 @@ class QuantizeSettings(Strict):
     weights: Literal["int8"] = "int8"
     activations: Activations = "none"
     components: tuple[ComponentName, ...] = Field(
-        default=("text_encoder", "unet", "vae_decoder"), strict=False, min_length=1
+        default=NEEDED_COMPONENTS, strict=False, min_length=1
     )
     embedding_min_saving: float = Field(
         default=0.01,
@@ -126,6 +128,11 @@ class QuantizeSettings(Strict):
         description="an embedding is quantized if that saves this share of its component's bytes",
     )
     rules: tuple[Rule, ...] = Field(default=(), strict=False)
+
+    @property
+    def every_activations(self) -> set[str]:
+        """What the stage and its rules ask for."""
+        return {self.activations, *(rule.activations for rule in self.rules if rule.activations)}
 
     def faults(self) -> list[str]:
         """What does not fit together, one sentence each."""
@@ -169,12 +176,13 @@ class Stage(Strict):
 class GateOverrides(Strict):
     """Figures that replace a target's own gates; null switches one off (manifest.Gates)."""
 
-    component_snr_db: float | None = None
-    float16_snr_db: float | None = None
-    layer_snr_db: float | None = None
-    picture_psnr_db: float | None = None
-    source_component_snr_db: float | None = None
-    source_picture_psnr_db: float | None = None
+    # Every one is above zero: at 0 dB the error is as large as the signal.
+    component_snr_db: float | None = Field(default=None, gt=0)
+    float16_snr_db: float | None = Field(default=None, gt=0)
+    layer_snr_db: float | None = Field(default=None, gt=0)
+    picture_psnr_db: float | None = Field(default=None, gt=0)
+    source_component_snr_db: float | None = Field(default=None, gt=0)
+    source_picture_psnr_db: float | None = Field(default=None, gt=0)
 
 
 class CoreMLOptions(Strict):
@@ -186,9 +194,10 @@ class CoreMLOptions(Strict):
 class OnnxOptions(Strict):
     """What only the ONNX converter reads."""
 
-    opset: int = Field(default=18, ge=18, le=24)
+    opset: int = Field(default=18, ge=18, le=23)
     ort_format: bool = Field(
-        default=False, description="also .ort files, and the operators they need"
+        default=False,
+        description=".ort files instead of .onnx, and the operators they need; not for Optimum",
     )
 
 
@@ -226,7 +235,7 @@ class Recipe(Strict):
     resolution: Resolution = Field(description="picture side in pixels, or [height, width]")
     schedule: Schedule = Schedule()
     components: tuple[ComponentName, ...] = Field(
-        default=("text_encoder", "unet", "vae_decoder"), strict=False, min_length=1
+        default=NEEDED_COMPONENTS, strict=False, description="may add vae_encoder"
     )
     stages: tuple[Stage, ...] = Field(default=(), strict=False)
     precision: Literal["auto", "float32", "float16"] = Field(
@@ -248,6 +257,10 @@ class Recipe(Strict):
         faults += [f"schedule.{fault}" for fault in self.schedule.faults()]
         if len(set(self.components)) < len(self.components):
             faults.append("components: names one twice; list each component once")
+        missing = [name for name in NEEDED_COMPONENTS if name not in self.components]
+        if missing:
+            needed = f"{', '.join(NEEDED_COMPONENTS[:-1])} and {NEEDED_COMPONENTS[-1]}"
+            faults.append(f"components: needs {needed}; missing: {', '.join(missing)}")
         names = [stage.name for stage in self.stages]
         for name in sorted({name for name in names if names.count(name) > 1}):
             faults.append(f"stages: {name} is listed twice; merge its settings")
@@ -259,7 +272,7 @@ class Recipe(Strict):
                 f"{key}.components: {component} is not among the recipe's "
                 f"components ({', '.join(self.components)}); add it there or remove it here"
                 for component in quantized
-                if component not in self.components
+                if component not in (*self.components, *missing)
             ]
         if faults:
             raise ValueError("\n".join(faults))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mobile_runtime.bundle import open_to_others
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
 from recipes import quantize
@@ -99,19 +100,8 @@ def save(pipeline: Any, plans: Sequence[LayerPlan], folder: Path) -> None:
         pipeline.save_config(partial)
         plan = [entry.model_dump(mode="json") for entry in plans]
         (partial / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
+        open_to_others(partial)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def load_plans(folder: Path) -> list[LayerPlan]:
-    """The quantization plan that `save` put into a folder; empty where there is none."""
-    path = folder / PLAN
-    if not path.is_file():
-        return []
-    try:
-        return [LayerPlan.model_validate(entry) for entry in json.loads(path.read_bytes())]
-    except ValueError as error:
-        raise UserError(f"{path} does not hold a quantization plan: {error}") from error

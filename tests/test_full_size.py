@@ -17,6 +17,7 @@ def test_sd_turbo_int8_converts_and_validates(tmp_path: Path, target: str) -> No
     row = full_size.measure(target, "sd_turbo_int8", "random:sd_turbo", output)
     assert row["exit_code"] == 0
     assert row["verdict"] == "pass"
+    assert row["seconds"] <= full_size.LIMIT_S
     assert row["peak_bytes"] <= full_size.LIMIT_PEAK_BYTES
     assert row["share_of_fp32"] <= full_size.LIMIT_SHARE
     entry = Bundle.open(output, verify=False).component("unet")

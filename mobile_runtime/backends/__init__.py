@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.manifest import TensorSpec
@@ -45,23 +46,18 @@ def load(bundle: "Bundle", component: str, *, backend: str | None = None, **opti
     """Load one component of a bundle; the result checks its inputs against the manifest.
 
     backend: a name of BACKENDS; None takes the target's own. options go to the backend.
-    Raises UserError for an unknown backend or option, a format that the backend does not read,
-    or a missing library.
+    Raises UserError for an unknown backend or option, an option's wrong value, a format that the
+    backend does not read, or a missing library.
     """
     entry = bundle.component(component)
     name = default_backend(bundle.manifest.target) if backend is None else backend
-    if name not in BACKENDS:
-        raise choices("backend", name, list(BACKENDS))
+    check_options(name, options)
     if name in FORMATS and entry.format not in FORMATS[name]:
         readers = [reader for reader, formats in FORMATS.items() if entry.format in formats]
         raise UserError(
             f"the backend {name} does not read {entry.path}; choose one of: {', '.join(readers)}"
         )
     module = importlib.import_module(BACKENDS[name])
-    known = list(inspect.signature(module.load).parameters)[2:]
-    for option in options:
-        if option not in known:
-            raise choices(f"option of the backend {name}", option, known)
     runner = module.load(bundle, component, **options)
     inputs = entry.inputs
 
@@ -70,6 +66,29 @@ def load(bundle: "Bundle", component: str, *, backend: str | None = None, **opti
         return runner(feeds)
 
     return checked
+
+
+def check_options(backend: str, options: dict[str, Any]) -> None:
+    """Raise UserError for an unknown backend or option, or a value of another type than it takes.
+
+    The options and their types are those of the backend module's `load`.
+    """
+    if backend not in BACKENDS:
+        raise choices("backend", backend, list(BACKENDS))
+    module = importlib.import_module(BACKENDS[backend])
+    known = dict(list(inspect.signature(module.load).parameters.items())[2:])
+    for option, value in options.items():
+        if option not in known:
+            if not known:
+                raise UserError(f"the backend {backend} has no options; leave out {option!r}")
+            raise choices(f"option of the backend {backend}", option, list(known))
+        try:
+            TypeAdapter(known[option].annotation).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise UserError(
+                f"the option {option} of the backend {backend} cannot be {value!r}: "
+                f"{error.errors()[0]['msg']}"
+            ) from error
 
 
 def check_inputs(component: str, specs: Sequence[TensorSpec], feeds: Arrays) -> None:

@@ -1,13 +1,18 @@
 """ONNX Runtime: `.onnx` and `.ort` files."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from mobile_runtime.backends import Arrays, Runner
 from mobile_runtime.errors import BundleError, choices, missing_backend
 
 if TYPE_CHECKING:
     from mobile_runtime.bundle import Bundle
+
+# More than any machine has cores; beyond it the runtime starts threads until the system refuses.
+MAX_THREADS = 1024
 
 
 def load(
@@ -16,7 +21,7 @@ def load(
     *,
     exact: bool = True,
     providers: Sequence[str] = ("CPUExecutionProvider",),
-    threads: int = 0,
+    threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0,
 ) -> Runner:
     """Load a component into a session.
 

@@ -3,7 +3,10 @@
 The folder is opened from local safetensors files only: no network, and no pickled code.
 """
 
-from collections.abc import Callable
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,32 +36,46 @@ def load(bundle: "Bundle", component: str, *, folder: str | Path | None = None) 
     return runner
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the libraries' warnings: they are about parts of theirs that nobody uses here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _open(folder: Path, component: str) -> Callable[..., Any]:
     """The component as a function of tensors, in the order of the manifest's inputs."""
     subfolder = component.replace("_decoder", "").replace("_encoder", "")
     subfolder = "text_encoder" if component == "text_encoder" else subfolder
     if not (folder / subfolder / "config.json").is_file():
         raise UserError(f"{folder} is not a diffusers pipeline: it has no {subfolder}/config.json")
-    try:
-        import torch
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextModel
-    except ImportError as error:
-        raise missing_backend("torch and diffusers", "torch", "the backend torch") from error
-    classes: dict[str, Any] = {
-        "text_encoder": CLIPTextModel,
-        "unet": UNet2DConditionModel,
-        "vae": AutoencoderKL,
-    }
-    try:
-        module = classes[subfolder].from_pretrained(
-            folder / subfolder, local_files_only=True, use_safetensors=True
-        )
-    except OSError as error:
-        raise UserError(
-            f"{folder / subfolder} cannot be opened from safetensors: {error}"
-        ) from error
-    module.to(torch.float32).eval()
+    with _quiet():
+        try:
+            import torch
+            from diffusers import AutoencoderKL, UNet2DConditionModel
+            from transformers import CLIPTextModel
+        except ImportError as error:
+            raise missing_backend("torch and diffusers", "torch", "the backend torch") from error
+        classes: dict[str, Any] = {
+            "text_encoder": CLIPTextModel,
+            "unet": UNet2DConditionModel,
+            "vae": AutoencoderKL,
+        }
+        try:
+            module = classes[subfolder].from_pretrained(
+                folder / subfolder, local_files_only=True, use_safetensors=True
+            )
+        except OSError as error:
+            raise UserError(
+                f"{folder / subfolder} cannot be opened from safetensors: {error}"
+            ) from error
+        module.to(torch.float32).eval()
     if component == "vae_decoder":
         return lambda latents: module.decode(latents, return_dict=False)[0]
     if component == "vae_encoder":

@@ -2,17 +2,20 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from converters import cli, golden
+from converters import cli, convert, golden
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.errors import run_cli
+from mobile_runtime.errors import UserError, run_cli
 
 SMALL = ["--recipe", "pocket_int8", "--no-validate"]
 
@@ -62,6 +65,96 @@ def test_a_layer_pattern_that_matches_nothing_is_named(capsys, tmp_path):
     assert "unet.conv_in" in told
 
 
+RULE_FOR_NOTHING = "stages.quantize.rules=[{layers: unet.conv_inn, weights: float32, reason: test}]"
+
+
+def test_a_wrong_resolution_and_a_wrong_pattern_are_told_at_once(capsys, tmp_path):
+    wrong = ["--resolution", "[65, 72]", "--set", RULE_FOR_NOTHING]
+    told = refused(capsys, "onnx", *SMALL, *wrong, "-o", tmp_path / "bundle")
+    for part in ("height of 65", "width of 72", "unet.conv_inn"):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--resolution", "65"], "multiple of 32"),
+        (["--set", RULE_FOR_NOTHING], "unet.conv_inn"),
+        (["--set", "stages.quantize.activations=int8_static"], "for ExecuTorch int8_dynamic"),
+        (["--set", "schedule.scheduler=lcm", "--steps", "51"], "LCMScheduler cannot make 51"),
+    ],
+)
+def test_what_does_not_fit_the_source_is_told_before_its_weights_are_read(
+    capsys, monkeypatch, tmp_path, wrong, said
+):
+    read: list[bool] = []
+    open_source = convert.open_source
+
+    def watched(*args: Any, weights: bool) -> Any:
+        read.append(weights)
+        return open_source(*args, weights=weights)
+
+    monkeypatch.setattr(convert, "open_source", watched)
+    assert said in refused(capsys, "onnx", *SMALL, *wrong, "-o", tmp_path / "bundle")
+    assert read == [False]
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ("there", "already exists"),
+        ("bundle", "lie one in the other"),
+        ("bundle/pipeline", "lie one in the other"),
+        (".", "lie one in the other"),
+    ],
+)
+def test_a_folder_for_the_pipeline_that_is_taken_is_refused_before_any_work(
+    capsys, tmp_path, saved, said, more
+):
+    (tmp_path / "there").mkdir()
+    argv = ["--output", tmp_path / "bundle", "--save-pipeline", tmp_path / saved, *more]
+    told = refused(capsys, "onnx", *SMALL, *argv)
+    assert said in told
+    assert "open embedded" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("damage", ["pickled", "cut short"])
+def test_a_dry_run_tells_weights_that_cannot_be_read(capsys, tmp_path, tiny_pipeline, damage):
+    source = tmp_path / "source"
+    tiny_pipeline.save_pretrained(source)
+    weights = source / "unet/diffusion_pytorch_model.safetensors"
+    if damage == "pickled":
+        shutil.move(weights, weights.with_suffix(".bin"))
+    else:
+        weights.write_bytes(weights.read_bytes()[:-100])
+    assert damage in refused(capsys, "onnx", *SMALL, "--model", source, "--dry-run")
+
+
+@pytest.mark.parametrize(("ort_format", "for_optimum"), [("false", True), ("true", False)])
+def test_optimums_files_are_written_for_models_that_it_opens_and_lowering_leaves_no_litter(
+    capsys, monkeypatch, tmp_path, ort_format, for_optimum
+):
+    from converters import onnx
+
+    seen: list[str] = []
+
+    def lower(component: Any, program: Any, folder: Path, *_: Any) -> None:
+        seen.extend(path.name for path in folder.iterdir())
+        assert Path(tempfile.mkdtemp()).is_relative_to(folder), "it would outlive a kill"
+        raise UserError("far enough")
+
+    monkeypatch.setattr(onnx, "lower", lower)
+    changes = ["--steps", "1", "--set", f"targets.onnx.ort_format={ort_format}"]
+    told = refused(capsys, "onnx", *SMALL, *changes, "--output", tmp_path / "bundle")
+    assert "far enough" in told
+    assert ("model_index.json" in seen) == for_optimum
+    assert ("scheduler" in seen) == for_optimum
+    assert "tokenizer" in seen
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_precision_that_the_target_lacks_says_what_it_can_do(capsys):
     told = refused(capsys, "executorch", "--recipe", "pocket_fp32", "--set", "precision=float16")
     assert "XNNPACK" in told
@@ -81,6 +174,37 @@ def test_a_missing_library_says_how_to_install_it(capsys, monkeypatch, tmp_path,
     assert f"pocket-diffusion[{target}]" in told
     assert time.monotonic() - started < 30, "told before the heavy work"
     assert list(tmp_path.iterdir()) == []
+
+
+def run_without(library: str, target: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    """The command as users run it, in an installation that lacks a library."""
+    code = (
+        f"import runpy, sys; sys.modules[{library!r}] = None; "
+        f"runpy.run_module('converters.{target}', run_name='__main__', alter_sys=True)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("target", ["coreml", "onnx", "executorch"])
+def test_help_and_a_wrong_recipe_need_no_torch(target):
+    told = run_without("torch", target, "--help")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "examples:" in told.stdout
+    told = run_without("torch", target, "--recipe", "pocket_int9")
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: unknown recipe 'pocket_int9'")
+
+
+@pytest.mark.parametrize("library", ["torch", "diffusers", "transformers"])
+def test_a_missing_training_library_says_how_to_install_it(library):
+    told = run_without(library, "coreml", "--recipe", "pocket_int8", "--dry-run")
+    assert told.returncode == 2
+    assert told.stderr == (
+        f"error: converting needs {library}, which is not installed; "
+        "install it with: pip install 'pocket-diffusion[coreml]'\n"
+    )
 
 
 def test_an_existing_output_is_left_alone(capsys, tmp_path):
@@ -148,6 +272,18 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(capsys, tmp_path):
     assert "865,910,724" in told
     assert "w8" in told
     assert not output.exists()
+
+
+def test_the_columns_of_a_dry_run_stay_apart_for_the_largest_pictures(capsys):
+    argv = ["--recipe", "sd_turbo_int8", "--model", "random:sd_turbo", "--resolution", "8192"]
+    assert run("onnx", *argv, "--dry-run") == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [len(row.split()) for row in rows if row.startswith(("unet", "vae_decoder"))] == [5, 5]
+
+
+def test_a_number_of_steps_that_is_named_twice_gets_one_table(capsys):
+    assert run("onnx", *SMALL, "--dry-run", "--set", "schedule.other_steps=[25, 10]") == 0
+    assert "DDIMScheduler, 25, 10 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", ["coreml", "onnx", "executorch"])

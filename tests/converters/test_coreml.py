@@ -152,6 +152,16 @@ def test_packages_have_the_names_that_apples_swift_package_looks_for(
     assert {lowered.format for lowered in int8.values()} == {"mlpackage"}
 
 
+def test_a_package_holds_nothing_but_the_model(int8: dict[str, Lowered]) -> None:
+    path = int8["unet"].path
+    assert {file.name for file in path.rglob("*") if file.is_file()} == {
+        "Manifest.json",
+        "model.mlmodel",
+        "weight.bin",
+    }
+    assert "debug" not in (path / "Manifest.json").read_text()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_have_the_names_shapes_and_types_of_the_specs(
     int8_pipeline: Any, int8: dict[str, Lowered], name: str

@@ -1,5 +1,6 @@
 """ONNX: the same function, the same integers, and a folder that Optimum opens."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from converters.onnx import OnnxOptions
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import TensorSpec
 from recipes.quantize import QuantizedModule, quantize
+from recipes.schema import OnnxOptions as OnnxSettings
 from recipes.schema import QuantizeSettings
 from tests.converters.small import NAMES, build, make_small_pipeline
 
@@ -179,6 +181,9 @@ def ort_folder(int8_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     for name in ("text_encoder", "vae_decoder"):
         lowered = lower(build(int8_pipeline, name), folder, ort_format=True)
         assert (lowered.path, lowered.format) == (folder / name / "model.ort", "ort")
+        assert "not for Optimum" in lowered.details["note"]
+        required = (folder / "required_operators.config").read_text()
+        assert all(kind in required for kind in lowered.details["op_kinds"])
     return folder
 
 
@@ -197,6 +202,21 @@ def test_an_ort_file_takes_the_place_of_the_onnx_file(
     with torch.no_grad():
         expected = component.module(*inputs.values())
     torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_making_an_ort_file_leaves_the_screen_clean(
+    int8_pipeline: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logged: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: logged.append(record.name)  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        lower(build(int8_pipeline, "text_encoder"), tmp_path, ort_format=True)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert logged == []
+    assert capfd.readouterr().err == ""
 
 
 def test_the_operators_that_a_reduced_build_needs_are_those_of_all_components(
@@ -234,6 +254,8 @@ def test_what_the_target_cannot_do_is_refused(int8_pipeline: Any, tmp_path: Path
     component = build(int8_pipeline, "vae_decoder")
     with pytest.raises(UserError, match="unknown opset '17'; choose one of: 18, 19"):
         lower(component, tmp_path, opset=17)
+    opset = OnnxSettings.model_json_schema()["properties"]["opset"]
+    assert (opset["minimum"], opset["maximum"]) == (converter.OPSETS[0], converter.OPSETS[-1])
     with pytest.raises(UserError, match="unknown precision 'int4'"):
         lower(component, tmp_path, precision="int4")
     with pytest.raises(UserError, match="INT8 weights in float32"):

@@ -51,7 +51,7 @@ class TestFolder:
     def test_it_opens_as_the_pipeline_that_was_saved(
         self, original: Path, tiny_pipeline: Any
     ) -> None:
-        source = open_source(str(original), resolution=(64, 128))
+        source = open_source(str(original))
         for name in ("unet", "vae", "text_encoder"):
             loaded, saved = getattr(source.pipeline, name), getattr(tiny_pipeline, name)
             assert not loaded.training
@@ -83,20 +83,18 @@ class TestFolder:
         next((folder / "unet").glob("*-00002-*")).unlink()
         assert "unet lacks" in refused(folder)
 
-    def test_without_weights_it_has_shapes_and_reads_no_file(
-        self, folder: Path, tiny_pipeline: Any
-    ) -> None:
-        (folder / UNET_FILE).unlink()
-        pipeline = open_source(str(folder), weights=False).pipeline
+    def test_without_weights_it_has_shapes_alone(self, original: Path, tiny_pipeline: Any) -> None:
+        pipeline = open_source(str(original), weights=False).pipeline
         assert pipeline.unet.conv_in.weight.is_meta
         for name in ("unet", "vae", "text_encoder"):
             shapes = {k: v.shape for k, v in getattr(tiny_pipeline, name).named_parameters()}
             assert {k: v.shape for k, v in getattr(pipeline, name).named_parameters()} == shapes
 
-    def test_a_truncated_file_is_named(self, folder: Path) -> None:
+    @pytest.mark.parametrize("weights", [True, False])
+    def test_a_truncated_file_is_named(self, folder: Path, weights: bool) -> None:
         path = folder / UNET_FILE
         path.write_bytes(path.read_bytes()[:-100])
-        message = refused(folder)
+        message = refused(folder, weights=weights)
         assert str(path) in message
         assert "cut short" in message
 
@@ -105,9 +103,12 @@ class TestFolder:
             (folder / UNET_FILE).write_bytes(content)
             assert "damaged" in refused(folder)
 
-    def test_pickled_weights_are_refused_with_the_way_to_convert(self, folder: Path) -> None:
+    @pytest.mark.parametrize("weights", [True, False])
+    def test_pickled_weights_are_refused_with_the_way_to_convert(
+        self, folder: Path, weights: bool
+    ) -> None:
         (folder / UNET_FILE).rename(folder / "unet/diffusion_pytorch_model.bin")
-        message = refused(folder)
+        message = refused(folder, weights=weights)
         assert "pickled" in message
         assert "save_pretrained" in message
 
@@ -159,9 +160,42 @@ class TestFolder:
         (folder / "vae/config.json").write_text("{")
         assert "config.json is not valid JSON" in refused(folder)
 
-    def test_a_wrong_resolution_is_told_before_any_weight_is_read(self, folder: Path) -> None:
-        (folder / UNET_FILE).unlink()
-        assert "nearest is 64 or 128" in refused(folder, resolution=(64, 100))
+    def test_a_config_that_is_nested_without_end_is_named(self, folder: Path) -> None:
+        (folder / "vae/config.json").write_text("[" * 100_000)
+        assert "config.json is not valid JSON" in refused(folder)
+
+    def test_a_config_without_its_channels_is_told(self, folder: Path) -> None:
+        path = folder / "unet/config.json"
+        config = json.loads(path.read_text())
+        del config["out_channels"]
+        path.write_text(json.dumps(config))
+        assert "in_channels and out_channels" in refused(folder, weights=False)
+
+    @pytest.mark.parametrize(
+        ("component", "key", "value"),
+        [
+            ("unet", "attention_head_dim", 0),
+            ("unet", "attention_head_dim", [2, 2, 4, 0]),
+            ("unet", "norm_num_groups", "8"),
+            ("text_encoder", "num_attention_heads", 0),
+            ("vae", "scaling_factor", None),
+            ("vae", "scaling_factor", 0),
+        ],
+    )
+    @pytest.mark.parametrize("weights", [True, False])
+    def test_a_size_that_cannot_be_is_told_by_its_key(
+        self, folder: Path, component: str, key: str, value: Any, weights: bool
+    ) -> None:
+        edit_json(folder / component / "config.json", **{key: value})
+        assert f"{component}/config.json has {key} {value!r}" in refused(folder, weights=weights)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_weight_that_is_not_finite_is_named(self, folder: Path, value: float) -> None:
+        tensors = load_file(folder / UNET_FILE)
+        tensors["conv_out.weight"][0, 0, 0, 0] = value
+        save_file(tensors, folder / UNET_FILE, {"format": "pt"})
+        message = refused(folder)
+        assert message.startswith("the source's weights are not finite: unet.conv_out.weight")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +214,16 @@ def test_a_resolution_that_the_levels_cannot_halve_names_the_nearest(
         check_resolution(tiny_pipeline, *size)
 
 
+def test_both_sides_of_a_wrong_resolution_are_told(tiny_pipeline: Any) -> None:
+    with pytest.raises(UserError, match=r"height of 65 .* width of 72"):
+        check_resolution(tiny_pipeline, 65, 72)
+
+
 class TestNames:
+    def test_an_address_is_told_to_be_dropped(self) -> None:
+        message = refused("https://huggingface.co/stabilityai/sd-turbo")
+        assert "drop the address and give OWNER/NAME alone" in message
+
     @pytest.mark.parametrize("model", ["nothing", "./nothing", "a/b/c", "/nothing/here"])
     def test_what_is_no_source_lists_what_is_one(self, model: str) -> None:
         assert "random:ARCH (sd_turbo, sd21, sd15)" in refused(model)
@@ -252,6 +295,30 @@ class TestHub:
         (repository / "refs" / "main").write_text(commit)
         info = open_source("owner/tiny").info
         assert (info["kind"], info["id"], info["revision"]) == ("hub", "owner/tiny", commit)
+
+    def test_without_weights_the_configurations_are_enough(
+        self, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from fnmatch import fnmatch
+        from types import SimpleNamespace
+
+        files = [p.relative_to(original).as_posix() for p in original.rglob("*") if p.is_file()]
+        answer = SimpleNamespace(
+            sha="0" * 40, siblings=[SimpleNamespace(rfilename=file) for file in files]
+        )
+
+        def download(*_: Any, allow_patterns: list[str], **__: Any) -> str:
+            for file in files:
+                if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                    (tmp_path / file).parent.mkdir(exist_ok=True)
+                    shutil.copy(original / file, tmp_path / file)
+            return str(tmp_path)
+
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: answer)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        assert open_source("owner/tiny", weights=False).pipeline.unet.conv_in.weight.is_meta
+        assert not list(tmp_path.rglob("*.safetensors"))
+        assert not open_source("owner/tiny").pipeline.unet.conv_in.weight.is_meta
 
     def test_a_repository_of_pickles_is_refused_before_the_download(
         self, monkeypatch: pytest.MonkeyPatch
@@ -348,10 +415,11 @@ class TestRandom:
         assert not torch.equal(resnets[0].conv1.weight, resnets[1].conv1.weight)
 
     def test_it_opens_as_a_pipeline_with_sizes_alone(self) -> None:
-        source = open_source("random:sd_turbo", resolution=(512, 512), weights=False)
+        source = open_source("random:sd_turbo", weights=False)
         assert source.pipeline.unet.conv_in.weight.is_meta
         assert source.info == {"kind": "random", "id": "random:sd_turbo", "seed": 0}
-        assert "no multiple of 64" in refused("random:sd15", resolution=(500, 512))
+        with pytest.raises(UserError, match="no multiple of 64"):
+            check_resolution(source.pipeline, 500, 512)
 
 
 class TestSingleFile:
@@ -428,6 +496,28 @@ class TestSingleFile:
     def test_a_2x_checkpoint_that_does_not_say_which_is_not_guessed(self, tmp_path: Path) -> None:
         path = self.checkpoint(tmp_path / "mine.safetensors", 1024)
         assert "nothing in it says" in refused(path)
+
+    def test_without_weights_it_has_the_shapes_of_its_architecture(self, tmp_path: Path) -> None:
+        path = self.checkpoint(tmp_path / "v1-5.safetensors", 768)
+        source = open_source(str(path), weights=False)
+        assert source.info["architecture"] == "sd15"
+        assert source.pipeline.unet.conv_in.weight.is_meta
+
+    def test_a_tensor_of_too_few_dimensions_is_told(self, tmp_path: Path) -> None:
+        path = self.checkpoint(tmp_path / "v1-5.safetensors", 768)
+        tensors = load_file(path)
+        name = next(name for name in tensors if name.endswith("to_k.weight"))
+        save_file({**tensors, name: torch.zeros(320)}, path)
+        assert "no text-to-image checkpoint" in refused(path)
+
+    def test_a_weight_that_is_not_finite_is_named(self, tiny_pipeline: Any, tmp_path: Path) -> None:
+        path = tmp_path / "tiny.safetensors"
+        save_original(tiny_pipeline, path)
+        tensors = load_file(path)
+        tensors["model.diffusion_model.out.2.bias"][0] = float("nan")
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=r"not finite: unet\.conv_out\.bias"):
+            single_file.load_single_file(path, self.tiny(tiny_pipeline))
 
     def test_other_networks_are_refused(self, tmp_path: Path) -> None:
         xl = self.checkpoint(tmp_path / "xl.safetensors", 2048, "conditioner.embedders.0.x")

@@ -47,6 +47,14 @@ def test_dynamic_activations_are_executorchs_and_gated_layer_by_layer():
             scheme_for(target, recipe)
 
 
+def test_one_rule_with_dynamic_activations_makes_the_whole_scheme_dynamic():
+    rule = {"layers": "unet.*", "weights": "int8", "activations": "int8_dynamic", "reason": "test"}
+    recipe = schema.load("pocket_int8", {"stages.quantize.rules": [rule]})
+    assert scheme_for("executorch", recipe).name == "w8a8_dynamic"
+    with pytest.raises(UserError, match="ExecuTorch"):
+        scheme_for("onnx", recipe)
+
+
 def test_weight_only_int8_is_gated_by_component():
     recipe = schema.load("pocket_int8")
     onnx = gates(recipe, scheme_for("onnx", recipe))

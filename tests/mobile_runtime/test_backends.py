@@ -1,5 +1,6 @@
 """Each backend runs a component's file as its reference computes it, and refuses what is wrong."""
 
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,8 @@ from mobile_runtime import backends
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError, UserError
 from tests.bundles import Arrays, make_bundle, unet, weights
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,12 @@ def test_a_damaged_model_file_is_told_by_its_name(tmp_path: Path) -> None:
         ({"backend": "executorch"}, r"executorch does not read .*model\.onnx.*onnxruntime"),
         ({"thread": 2}, r"unknown option of the backend onnxruntime 'thread'.*threads"),
         ({"providers": ["QuantumProvider"]}, r"'QuantumProvider'.*CPUExecutionProvider"),
+        ({"threads": "abc"}, "option threads of the backend onnxruntime cannot be 'abc'"),
+        ({"threads": -3}, "threads of the backend onnxruntime cannot be -3: .*equal to 0"),
+        ({"threads": 10**30}, "threads of the backend onnxruntime cannot be 10000"),
+        ({"threads": True}, "threads of the backend onnxruntime cannot be True"),
+        ({"exact": "maybe"}, "exact of the backend onnxruntime cannot be 'maybe': .*boolean"),
+        ({"providers": "CPUExecutionProvider"}, "providers of the backend onnxruntime cannot be"),
         ({"backend": "torch"}, "needs the option folder"),
     ],
 )
@@ -136,6 +145,24 @@ def test_a_wrong_request_lists_what_there_is(
 ) -> None:
     with pytest.raises(UserError, match=complaint):
         backends.load(bundle, "unet", **options)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "complaint"),
+    [
+        ("onnxruntime", {"bundle": 1}, "unknown option of the backend onnxruntime 'bundle'"),
+        ("executorch", {"threads": 1}, "the backend executorch has no options"),
+        ("mil", {"arithmetic": "int8"}, "arithmetic of the backend mil cannot be 'int8'"),
+        ("coreml", {"compute_units": 1}, "compute_units of the backend coreml cannot be 1"),
+        ("torch", {"folder": 1}, "folder of the backend torch cannot be 1"),
+        ("tensorrt", {}, "unknown backend 'tensorrt'"),
+    ],
+)
+def test_options_are_checked_without_a_bundle(
+    backend: str, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        backends.check_options(backend, options)
 
 
 def test_an_unknown_component_lists_the_bundles_own(bundle: Bundle) -> None:
@@ -179,6 +206,23 @@ def test_core_ml_off_the_mac_points_to_the_interpreter(bundle: Bundle) -> None:
         pytest.skip("the rest is about other systems")
     with pytest.raises(UserError, match="on a Mac only; choose the backend mil"):
         backends.load(package, "unet", backend="coreml")
+
+
+def test_a_diffusers_folder_opens_in_torch_without_a_word(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    made = make_bundle(tmp_path / "bundle")
+    script = f"""
+from mobile_runtime import backends
+from mobile_runtime.bundle import Bundle
+bundle = Bundle.open({str(made.path)!r})
+for name in ("text_encoder", "unet", "vae_decoder"):
+    backends.load(bundle, name, backend="torch", folder={str(ROOT / "recipes/pocket/weights")!r})
+"""
+    # In a process of its own, because the libraries chatter once, when they are imported.
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,81 @@ def test_two_faults_in_a_manifest_are_told_together(bundle: Bundle) -> None:
     assert "target: Input should be 'onnx', 'coreml' or 'executorch'" in str(error.value)
 
 
+@pytest.mark.parametrize("version", [None, True, "1", 1.0])
+def test_a_schema_that_is_no_whole_number_is_refused(bundle: Bundle, version: Any) -> None:
+    edit_manifest(bundle, schema_version=version)
+    with pytest.raises(BundleError, match=rf"schema_version is {version!r}, not a whole number"):
+        Bundle.open(bundle.path)
+
+
+def test_a_manifest_without_a_schema_is_refused(bundle: Bundle) -> None:
+    path = bundle.path / "manifest.json"
+    data = json.loads(path.read_bytes())
+    del data["schema_version"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="schema_version is None"):
+        Bundle.open(bundle.path)
+
+
+def changed(data: Any, path: str, value: Any) -> Any:
+    """The value at a dotted path, replaced."""
+    inner = data
+    *above, last = [int(key) if key.isdecimal() else key for key in path.split(".")]
+    for key in above:
+        inner = inner[key]
+    inner[last] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        ("schedules.0.rows", [], r"schedules\.0: a schedule of 2 steps has 0 rows$"),
+        ("schedules.0.steps", 0, r"schedules\.0\.steps: Input should be greater than 0"),
+        ("generation.latent_height", 0, "latent_height: Input should be greater than 0"),
+        ("generation.scaling_factor", 0, "scaling_factor: Input should be greater than 0"),
+        ("generation.default_steps", -1, "default_steps: Input should be greater than 0"),
+        ("components.1.inputs", [], r"components\.1\.inputs: .*at least 1 item"),
+        ("components.1.inputs.0.shape", [], r"inputs\.0\.shape: .*at least 1 item"),
+        ("components.1.inputs.0.shape", [0, 4], "Input should be greater than 0"),
+        ("components.1.name", "text_encoder", "manifest: there is no unet; the component text_enc"),
+        ("golden.components", {}, "text_encoder has 3 golden cases and no file of them"),
+        ("golden.conditioning_pairs", [[0, 77]], r"pair \(0, 77\) names a case that unet has not"),
+        ("golden.prompts.0.seed", -1, "seed: Input should be greater than or equal to 0"),
+        (
+            "files.1.path",
+            "golden/pipeline.safetensors",
+            "manifest: the file golden/pip.* is listed",
+        ),
+    ],
+)
+def test_a_manifest_whose_parts_do_not_fit_is_refused(
+    bundle: Bundle, path: str, value: Any, complaint: str
+) -> None:
+    file = bundle.path / "manifest.json"
+    file.write_text(json.dumps(changed(json.loads(file.read_bytes()), path, value)))
+    with pytest.raises(BundleError, match=complaint) as error:
+        Bundle.open(bundle.path)
+    assert "Value error" not in str(error.value)
+
+
+def test_a_link_in_a_circle_is_a_missing_file(bundle: Bundle) -> None:
+    file = bundle.file("unet/model.onnx")
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises(BundleError, match=r"unet/model\.onnx is missing"):
+        Bundle.open(bundle.path)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"schema_version": ' + b"1" * 5000 + b"}"])
+def test_a_manifest_that_python_cannot_read_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"manifest\.json is not valid JSON"):
+        Bundle.open(tmp_path)
+    with pytest.raises(UserError, match="is not a bundle"):
+        BundleWriter.check_free(tmp_path, force=True)
+
+
 @pytest.mark.parametrize("content", [b"{", b"[1, 2]", b"\xff\xfe", b'{"schema_version": "1"}', b""])
 def test_a_manifest_that_is_none_is_one_sentence(bundle: Bundle, content: bytes) -> None:
     (bundle.path / "manifest.json").write_bytes(content)
@@ -159,6 +235,14 @@ def test_a_model_that_is_not_among_the_hashed_files_is_refused(bundle: Bundle) -
         Bundle.open(bundle.path)
 
 
+def test_goldens_of_a_type_that_numpy_does_not_have_are_told_by_name(bundle: Bundle) -> None:
+    header = b'{"x":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
+    content = len(header).to_bytes(8, "little") + header + b"\0"
+    bundle.file("golden/unet.safetensors").write_bytes(content)
+    with pytest.raises(BundleError, match=r"golden/unet\.safetensors cannot be read: .*float8"):
+        bundle.golden("golden/unet.safetensors")
+
+
 def test_damaged_goldens_are_told_by_name(bundle: Bundle) -> None:
     bundle.file("golden/unet.safetensors").write_bytes(b"not tensors")
     with pytest.raises(BundleError, match=r"golden/unet\.safetensors cannot be read"):
@@ -181,16 +265,117 @@ def test_force_does_not_replace_what_is_not_a_bundle(tmp_path: Path) -> None:
     (holiday / "photo.jpg").write_text("irreplaceable")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(holiday)
-    for output in ("holiday", "file", "link"):
-        with pytest.raises(UserError, match="not a bundle, so --force will not replace it"):
-            make_bundle(tmp_path / output, force=True)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for output in ("holiday", "file", "link", "dangling"):
+        # Without --force, too: it is not suggested where it would not help.
+        for force in (False, True):
+            with pytest.raises(UserError, match="not a bundle, so --force will not replace it"):
+                make_bundle(tmp_path / output, force=force)
     assert (holiday / "photo.jpg").read_text() == "irreplaceable"
 
 
-def test_an_output_under_a_file_is_a_users_mistake(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"manifest_version": 3, "name": "a web extension"},
+        {"schema_version": True, "target": "onnx", "files": []},
+        {"schema_version": 1, "target": "chrome", "files": []},
+        {"schema_version": 1, "target": "onnx"},
+        [],
+    ],
+)
+def test_force_does_not_replace_a_folder_with_a_manifest_of_another_kind(
+    tmp_path: Path, manifest: Any
+) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"not a bundle.*: it holds manifest\.json, which no conv"):
+        BundleWriter.check_free(tmp_path, force=True)
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "unet/thesis.txt", "new/.thesis"])
+def test_force_does_not_replace_a_bundle_in_which_somebody_keeps_a_file(
+    bundle: Bundle, name: str
+) -> None:
+    bundle.file(name).parent.mkdir(exist_ok=True)
+    bundle.file(name).write_text("irreplaceable")
+    with pytest.raises(UserError, match=f"it holds {name}, which no conversion made"):
+        make_bundle(bundle.path, force=True)
+    assert bundle.file(name).read_text() == "irreplaceable"
+
+
+def test_force_does_not_replace_a_bundle_that_somebody_linked_a_folder_into(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    bundle.file("pictures").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="it holds pictures, which no conversion made"):
+        make_bundle(bundle.path, force=True)
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_force_replaces_a_validated_a_damaged_and_an_older_or_newer_bundle(
+    bundle: Bundle, version: int
+) -> None:
+    bundle.file("report.json").write_text("{}")
+    bundle.file("report.html").write_text("<html>")
+    bundle.file("unet/model.onnx").unlink()
+    edit_manifest(bundle, schema_version=version, brand_new_key=1)
+    make_bundle(bundle.path, steps=(1,), force=True)
+    assert Bundle.open(bundle.path).manifest.schedules[0].steps == 1
+
+
+def test_an_empty_folder_is_replaced_with_force(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="replace it with --force"):
+        make_bundle(tmp_path)
+    make_bundle(tmp_path / "bundle").path.rename(tmp_path / "other")
+    (tmp_path / "bundle").mkdir()
+    make_bundle(tmp_path / "bundle", force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_at_the_output_meanwhile_is_not_replaced(tmp_path: Path, force: bool) -> None:
+    output = tmp_path / "bundle"
+    manifest = make_bundle(tmp_path / "first").manifest
+
+    def appear_and_commit() -> None:
+        with BundleWriter(output, force) as writer:
+            output.mkdir()
+            (output / "thesis.txt").write_text("irreplaceable")
+            writer.commit(manifest)
+
+    with pytest.raises(UserError, match=r"it holds thesis\.txt"):
+        appear_and_commit()
+    assert (output / "thesis.txt").read_text() == "irreplaceable"
+    assert names_in(tmp_path) == ["bundle", "first"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_by_the_check_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot write to"):
-        make_bundle(tmp_path / "file" / "bundle")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    outputs = [tmp_path / "file/bundle", tmp_path / "file/more/bundle", tmp_path / "dangling/x"]
+    outputs += [tmp_path / ("x" * 300)]
+    if sys.platform == "linux":
+        outputs.append(Path("/proc/bundle"))  # not even root may
+    for output in outputs:
+        with pytest.raises(UserError, match=r"cannot write to .*; choose another --output"):
+            BundleWriter.check_free(output, force=False)
+    assert names_in(tmp_path) == ["dangling", "file"]
+
+
+def test_a_folder_above_with_too_long_a_name_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write to .*File name too long"):
+        make_bundle(tmp_path / ("x" * 300) / "bundle")
+
+
+def test_a_read_only_file_system_is_a_users_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(**_: Any) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    with pytest.raises(UserError, match=r"cannot write to .*: Read-only file system; choose"):
+        BundleWriter.check_free(tmp_path / "deep" / "bundle", force=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def fail_in_the_middle(output: Path) -> None:
@@ -209,10 +394,13 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from mobile_runtime.bundle import BundleWriter
-with BundleWriter(Path(sys.argv[1]), force=True) as writer:
-    (writer.path / "model").write_text("half")
-    print("writing", flush=True)
-    time.sleep(600)
+from mobile_runtime.errors import run_cli
+def main(argv):
+    with BundleWriter(Path(argv[0]), force=True) as writer:
+        (writer.path / "model").write_text("half")
+        print("writing", flush=True)
+        time.sleep(600)
+sys.exit(run_cli(main))
 """
 
 
@@ -242,6 +430,38 @@ def test_a_killed_writer_leaves_no_half_bundle_and_the_next_one_cleans_up(
         assert not output.exists()
     make_bundle(output, force=True)
     assert names_in(tmp_path) == ["bundle"]
+
+
+def test_the_check_alone_cleans_nothing_up(tmp_path: Path) -> None:
+    process = start_writer(tmp_path / "bundle")
+    process.kill()
+    process.communicate()
+    (leftover,) = tmp_path.iterdir()
+    BundleWriter.check_free(tmp_path / "bundle", force=False)
+    assert list(tmp_path.iterdir()) == [leftover]
+
+
+def test_a_writer_on_another_host_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a shared volume its process number says nothing here."""
+    process = start_writer(tmp_path / "bundle")
+    process.kill()
+    process.communicate()
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "another.host")
+        make_bundle(tmp_path / "bundle")
+    assert len(list(tmp_path.glob(".bundle.*.partial/model"))) == 1
+    make_bundle(tmp_path / "bundle", force=True)
+    assert names_in(tmp_path) == ["bundle"]
+
+
+def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
+    process = start_writer(tmp_path / "bundle")
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_writer_removes_no_leftovers_of_an_output_with_a_longer_name(tmp_path: Path) -> None:
@@ -318,6 +538,21 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [("/elsewhere/x", "the disk of /elsewhere/x is full"), (None, "or that of .*, is full")],
+)
+def test_another_full_disk_is_not_told_as_the_outputs(
+    tmp_path: Path, named: str | None, told: str
+) -> None:
+    def fail() -> None:
+        with BundleWriter(tmp_path / "bundle"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), named)
+
+    with pytest.raises(UserError, match=told):
+        fail()
+
+
 def test_a_really_full_disk_leaves_nothing(tmp_path: Path) -> None:
     """The kernel's own limit on file sizes stands for the disk's end."""
     script = f"""
@@ -335,6 +570,31 @@ make_bundle(Path({str(tmp_path / "bundle")!r}))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_bundle_is_readable_by_others(bundle: Bundle) -> None:
-    assert bundle.path.stat().st_mode & 0o777 == 0o755
-    assert time.time() - bundle.path.stat().st_mtime < 60
+@pytest.mark.parametrize(
+    ("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o027, 0o750, 0o640)]
+)
+def test_a_finished_bundle_has_the_permissions_of_any_new_file(
+    tmp_path: Path, umask: int, folder: int, file: int
+) -> None:
+    """The goldens are written by safetensors, which by itself makes them their owner's alone."""
+    before = os.umask(umask)
+    try:
+        bundle = make_bundle(tmp_path / "bundle")
+    finally:
+        os.umask(before)
+    paths = [bundle.path, *bundle.path.rglob("*")]
+    assert bundle.file("golden/unet.safetensors") in paths
+    assert {path.stat().st_mode & 0o777 for path in paths if path.is_dir()} == {folder}
+    assert {path.stat().st_mode & 0o777 for path in paths if path.is_file()} == {file}
+
+
+def test_temporary_files_of_a_library_go_with_the_scratch_folder(tmp_path: Path) -> None:
+    before = tempfile.gettempdir()
+    with BundleWriter(tmp_path / "bundle") as writer:
+        with writer.scratch() as scratch:
+            package = Path(tempfile.mkdtemp())
+            assert package.parent == scratch
+            assert scratch.is_relative_to(writer.path)
+            (package / "weights").write_text("left here by the library")
+        assert tempfile.gettempdir() == before
+        assert writer.hash_files() == ()

@@ -80,6 +80,38 @@ def test_the_pytest_plugin_runs_beside_the_tests_that_are_named(
     run_plugin(pytester, good, "test_mine.py").assert_outcomes(passed=24, skipped=2)
 
 
+def test_the_pytest_plugin_gives_ids_that_begin_with_the_bundles_folder_and_select_a_test(
+    pytester: pytest.Pytester, good: Bundle
+) -> None:
+    result = run_plugin(pytester, good, "--collect-only", "-q")
+    ids = [line for line in result.outlines if "::" in line]
+    assert len(ids) == 25
+    assert all(line.startswith("bundle::") for line in ids)
+    chosen = "bundle::unet_same_function[onnxruntime]"
+    assert chosen in ids
+    run_plugin(pytester, good, chosen).assert_outcomes(passed=1)
+    run_plugin(pytester, good, "--deselect", chosen).assert_outcomes(
+        passed=22, skipped=2, deselected=1
+    )
+    pytester.makepyfile(test_mine="def test_mine(): pass")
+    run_plugin(pytester, good, "test_mine.py", chosen).assert_outcomes(passed=2)
+
+
+def without_prompts(manifest: Manifest) -> Manifest:
+    """A bundle in which no picture can be checked."""
+    golden = manifest.golden.model_copy(update={"prompts": ()})
+    return manifest.model_copy(update={"golden": golden})
+
+
+def test_the_pytest_plugin_fails_a_bundle_without_golden_prompts(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle", change_manifest=without_prompts)
+    result = run_plugin(pytester, bundle, "-k", "pipeline")
+    result.assert_outcomes(failed=1, deselected=13)
+    result.stdout.fnmatch_lines(["*no golden prompt*"])
+
+
 def test_the_pytest_plugin_names_a_folder_that_is_no_bundle_and_a_damaged_bundle(
     pytester: pytest.Pytester, tmp_path: Path
 ) -> None:

@@ -91,6 +91,26 @@ def test_what_only_another_machine_can_check_is_told_and_does_not_decide() -> No
     assert conclude((elsewhere,))[0] == "not_run"
 
 
+def test_a_pass_names_what_was_measured_without_a_gate() -> None:
+    ungated = {"status": "not_gated", "gated": False}
+    verdict, summary = conclude(
+        (
+            check(),
+            check(kind="same_function", component="vae_decoder"),
+            check(kind="same_function", **ungated),
+            check(kind="source", **ungated),
+            check(kind="trajectory", component="pipeline", **ungated),
+        )
+    )
+    assert verdict == "pass"
+    # No gate can be set for a trajectory, so nobody misses one.
+    assert summary.endswith("; not gated: same function of unet in onnxruntime, source")
+
+
+def test_a_pass_with_every_gate_set_names_no_missing_one() -> None:
+    assert "not gated" not in conclude((check(), check(kind="same_function")))[1]
+
+
 STATUSES = st.sampled_from(["pass", "fail", "not_run", "not_gated"])
 
 

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from mobile_runtime import backends
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.errors import UserError, run_cli
+from mobile_runtime.errors import BundleError, UserError, run_cli
 from mobile_runtime.manifest import LayerPlan, Manifest
 from mobile_runtime.report import Check, Report, format_table, read_report
 from mobile_runtime.validate import add_arguments, run, runtimes, validate
@@ -190,6 +190,55 @@ def test_without_gates_a_wrong_form_still_fails(
     report = checked(bundle)
     assert report.verdict == "fail"
     assert report.summary.startswith(component)
+
+
+def without_prompts(manifest: Manifest) -> Manifest:
+    golden = manifest.golden.model_copy(update={"prompts": ()})
+    return manifest.model_copy(update={"golden": golden})
+
+
+def test_a_bundle_without_golden_prompts_does_not_pass(tmp_path: Path) -> None:
+    report = checked(make_bundle(tmp_path / "bundle", change_manifest=without_prompts))
+    missing = find(report, "pipeline", "outputs")
+    assert (missing.status, missing.gated) == ("not_run", True)
+    assert report.verdict == "not_run"
+    assert "no golden prompt" in report.summary
+
+
+def test_the_conclusion_of_a_bundle_without_gates_says_what_is_not_gated(tmp_path: Path) -> None:
+    report = checked(make_bundle(tmp_path / "bundle", change_manifest=with_gates()))
+    assert report.summary.endswith("; not gated: same function, source, picture, source picture")
+
+
+@pytest.mark.parametrize("gates", [{}, {"source_component_snr_db": 20.0}], ids=["no gate", "gate"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_source_reference_that_is_not_finite_fails_with_a_gate_or_without(
+    tmp_path: Path, value: float, gates: dict[str, float]
+) -> None:
+    def broken_source(name: str, tensors: Arrays) -> Arrays:
+        if name == "unet":
+            tensors["1/source/out_sample"] = np.full_like(tensors["1/source/out_sample"], value)
+        return tensors
+
+    path = tmp_path / "bundle"
+    report = checked(
+        make_bundle(path, change_golden=broken_source, change_manifest=with_gates(**gates))
+    )
+    check = find(report, "unet", "source")
+    assert check.status == "fail"
+    assert "out_sample has a reference that is not finite (case 1)" in check.reason
+    assert report.verdict == "fail"
+
+
+def test_a_missing_source_reference_is_told_by_its_name(tmp_path: Path) -> None:
+    def without_source(name: str, tensors: Arrays) -> Arrays:
+        return {k: v for k, v in tensors.items() if name != "unet" or "1/source/" not in k}
+
+    bundle = make_bundle(
+        tmp_path / "bundle", change_golden=without_source, change_manifest=with_gates()
+    )
+    with pytest.raises(BundleError, match=r"unet\.safetensors has no tensor 1/source/out_sample"):
+        checked(bundle)
 
 
 def far_source(name: str, tensors: Arrays) -> Arrays:
@@ -462,6 +511,23 @@ def test_exit_code_2_for_a_backend_that_cannot_run_the_bundle(
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_a_report_that_cannot_be_kept_is_told_before_any_model_runs(
+    good: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def no_load(*_: object, **__: object) -> backends.Runner:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(backends, "load", no_load)
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "report"):
+        assert command(str(good.path), "--output", str(output)) == 2
+        assert f"{output} is no folder that can be written to" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_the_report_goes_elsewhere_on_request_and_json_is_printed(
     good: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -472,3 +538,47 @@ def test_the_report_goes_elsewhere_on_request_and_json_is_printed(
     assert printed["verdict"] == "pass"
     assert read_report(good, output).manifest_sha256 == good.manifest_sha256
     assert not good.file("report.json").exists()
+
+
+def without(*names: str) -> Callable[[str, Arrays], Arrays]:
+    """Goldens in which these tensors are missing."""
+    return lambda file, tensors: {k: v for k, v in tensors.items() if k not in names}
+
+
+def as_type(name: str, dtype: type) -> Callable[[str, Arrays], Arrays]:
+    """Goldens in which one tensor has another type."""
+    return lambda file, tensors: {
+        k: v.astype(dtype) if k == name else v for k, v in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (without("1/out/out_sample"), r"unet\.safetensors has no tensor 1/out/out_sample"),
+        (without("0/in/input_ids"), r"text_encoder\.safetensors has no tensor 0/in/input_ids"),
+        (without("0/noise"), r"pipeline\.safetensors has no tensor 0/noise"),
+        (without("1/fresh_noise"), r"pipeline\.safetensors has no tensor 1/fresh_noise"),
+        (as_type("0/picture", np.float32), "0/picture has dtype float32, not uint8"),
+        (as_type("1/source_picture", np.int8), "1/source_picture has dtype int8, not uint8"),
+        (as_type("0/noise", np.float64), "0/noise has dtype float64, not float32"),
+        (
+            lambda file, tensors: {
+                k: v[:-1] if k == "0/trajectory" else v for k, v in tensors.items()
+            },
+            r"0/trajectory has shape \(4, 4, 8, 8\), not \(5, 4, 8, 8\)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_goldens_that_are_not_whole_are_told_by_the_tensors_name(
+    tmp_path: Path, damage: Callable[[str, Arrays], Arrays], complaint: str
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle", stochastic=True, change_golden=damage)
+    with pytest.raises(BundleError, match=complaint):
+        checked(bundle)
+
+
+def test_a_text_encoder_without_golden_cases_fails_the_tokens(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", change_manifest=without_case_count("text_encoder"))
+    assert find(checked(bundle), "pipeline", "tokens", 0).status == "fail"

@@ -48,7 +48,16 @@ def test_every_option_changes_its_key(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_check_says_what_is_fine(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", "pocket_int8") == 0
-    assert "is fine" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "is fine" in told
+    assert "the recipe alone was checked" in told
+    assert "--dry-run" in told
+
+
+def test_faults_of_several_options_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", "pocket_int8", "--steps", "[1", "--set", "a=[1", "--set", "b") == 2
+    told = capsys.readouterr().err
+    assert all(part in told for part in ("--steps: not valid", "--set a: not valid", "--set b:"))
 
 
 def test_check_tells_all_faults_and_exits_with_2(
@@ -71,6 +80,7 @@ def test_check_tells_all_faults_and_exits_with_2(
         ("check", "missing.yaml"),
         ("check", "pocket_int8", "--set", "novalue"),
         ("check", "pocket_int8", "--set", "a=[1"),
+        ("check", "pocket_int8", "--set", ".=1"),
         ("check", "pocket_int8", "--steps", "3", "--set", "schedule.steps=4"),
         ("check", "pocket_int8", "--resolution", "64px"),
     ],

@@ -117,7 +117,7 @@ def test_a_missing_key_does_not_hide_the_other_faults() -> None:
         ({"schedule": {"guidance_scale": float("nan")}}, "schedule.guidance_scale"),
         ({"schedule": None}, "schedule"),
         ({"components": []}, "components"),
-        ({"components": ["unet", "unet"]}, "components"),
+        ({"components": ["text_encoder", "unet", "vae_decoder", "unet"]}, "components"),
         ({"components": "unet"}, "components"),
         ({"stages": ["quantize"]}, "stages.0"),
         ({"stages": [{}]}, "stages.0"),
@@ -126,11 +126,25 @@ def test_a_missing_key_does_not_hide_the_other_faults() -> None:
         ({"stages": [{"quantize": {"weights": "int4"}}]}, "stages.0.quantize.weights"),
         ({"gates": {"component_snr": 60.0}}, "gates.component_snr"),
         ({"targets": {"onnx": {"opset": 12}}}, "targets.onnx.opset"),
+        ({"targets": {"onnx": {"opset": 24}}}, "targets.onnx.opset"),
+        ({"golden_prompts": []}, "golden_prompts"),
         ({"precision": "fp16"}, "precision"),
     ],
 )
 def test_a_wrong_value_is_told_at_its_key(change: dict[str, Any], key: str) -> None:
     assert [fault.split(":")[0] for fault in faults({**SMALLEST, **change})] == [key]
+
+
+def test_a_pipeline_without_a_component_that_it_needs_is_told_once() -> None:
+    data = {**with_stage(), "components": ["unet"]}
+    assert faults(data) == [
+        "components: needs text_encoder, unet and vae_decoder; missing: text_encoder, vae_decoder"
+    ]
+
+
+def test_an_empty_list_is_told_in_plain_words() -> None:
+    told = faults({**SMALLEST, "golden_prompts": []})
+    assert told == ["golden_prompts: [] should have at least one item"]
 
 
 def test_a_rule_for_a_component_that_the_stage_leaves_alone_is_a_fault() -> None:
@@ -245,3 +259,11 @@ def test_the_gates_of_a_recipe_are_the_gates_of_the_manifest() -> None:
 def test_a_gate_that_is_switched_off_stays_apart_from_one_that_is_not_named() -> None:
     recipe = schema.parse({**SMALLEST, "gates": {"picture_psnr_db": None}})
     assert recipe.resolved()["gates"] == {"picture_psnr_db": None}
+
+
+@pytest.mark.parametrize("gate", sorted(schema.GateOverrides.model_fields))
+@pytest.mark.parametrize("figure", [0.0, -40.0])
+def test_a_gate_that_everything_reaches_is_refused(gate: str, figure: float) -> None:
+    (told,) = faults({**SMALLEST, "gates": {gate: figure}})
+    assert told.startswith(f"gates.{gate}: ")
+    assert "greater than 0" in told
