@@ -152,7 +152,7 @@ class CheckItem(pytest.Item):
 
     def repr_failure(self, excinfo: Any, style: Any = None) -> Any:
         """The reason alone: a traceback through this file would tell nothing."""
-        if isinstance(excinfo.value, CheckFailedError):
+        if isinstance(excinfo.value, CheckFailedError | PocketError):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)
 

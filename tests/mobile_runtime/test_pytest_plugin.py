@@ -31,6 +31,11 @@ def louder_goldens(name: str, tensors: dict[str, np.ndarray]) -> dict[str, np.nd
     }
 
 
+def goldens_without_outputs(name: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Goldens that do not say what the UNet gave."""
+    return {k: v for k, v in tensors.items() if name != "unet" or "/out/" not in k}
+
+
 def without_pairs(manifest: Manifest) -> Manifest:
     """A bundle in which the UNet's conditioning cannot be checked."""
     golden = manifest.golden.model_copy(update={"conditioning_pairs": ()})
@@ -60,6 +65,17 @@ def test_the_pytest_plugin_fails_with_the_reason_and_no_traceback(
     result = run_plugin(pytester, bundle, "-k", "unet_same_function")
     result.assert_outcomes(failed=1, deselected=24)
     result.stdout.fnmatch_lines(["*has an SNR of * dB, and its gate is 60 dB*"])
+    result.stdout.no_fnmatch_line("*Traceback*")
+    result.stdout.no_fnmatch_line("*pytest_plugin.py*")
+
+
+def test_the_pytest_plugin_tells_a_golden_tensor_that_is_missing_without_a_traceback(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle", change_golden=goldens_without_outputs)
+    result = run_plugin(pytester, bundle, "-k", "unet_same_function")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["*unet.safetensors*out*"])
     result.stdout.no_fnmatch_line("*Traceback*")
     result.stdout.no_fnmatch_line("*pytest_plugin.py*")
 
