@@ -120,8 +120,14 @@ def _import_torch(target: Target) -> None:
 def _changes(arguments: argparse.Namespace) -> dict[str, object]:
     changes = overrides.from_arguments(arguments)
     if arguments.vae_encoder:
-        named = schema.load(arguments.recipe, changes).components
-        changes["components"] = [*named, *({"vae_encoder"} - set(named))]
+        # Of the changes only this one: the others may name the encoder, which is not there yet.
+        own = {key: value for key, value in changes.items() if key == "components"}
+        recipe = schema.load(arguments.recipe, own)
+        changes["components"] = [*recipe.components, *({"vae_encoder"} - set(recipe.components))]
+        for stage in recipe.stages:
+            if stage.quantize and set(stage.quantize.components) == set(recipe.components):
+                # A recipe that quantizes everything means the encoder, too.
+                changes.setdefault("stages.quantize.components", changes["components"])
     return changes
 
 

@@ -18,7 +18,7 @@ from mobile_runtime.bundle import MANIFEST, Bundle
 from mobile_runtime.errors import UserError, run_cli
 from mobile_runtime.parity import picture_psnr_db
 from mobile_runtime.pictures import contact_sheet, sheet_scale, side_by_side, write_png
-from mobile_runtime.pipeline import Pipeline, Result
+from mobile_runtime.pipeline import Pipeline, Result, find_schedule
 from mobile_runtime.report import check_writable, told_verdict
 from mobile_runtime.tokenizer import ClipTokenizer
 
@@ -145,6 +145,8 @@ def generate(args: argparse.Namespace) -> int:
     options = _options(args.option)
     name = args.backend or backends.default_backend(bundle.manifest.target)
     backends.check_options(name, options)
+    if args.steps is not None:  # told before models load, which can take long
+        find_schedule(bundle.manifest.schedules, args.steps)
     pipeline = Pipeline.from_bundle(bundle, args.backend, **options)
     reference = _reference(args.compare, bundle) if args.compare else None
     # Wrong steps are told before any picture is made.

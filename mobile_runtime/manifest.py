@@ -92,7 +92,7 @@ class LayerPlan(Strict):
 
 
 class ScheduleRow(Strict):
-    """One step of a sampler, linear in its tensors (DESIGN: a schedule is data).
+    """One step of a sampler, linear in its tensors (README: a schedule is data).
 
     model_in = input_scale * x; x0 = u * x + v * model_out;
     x_next = a * x + b * x0 + c * x0_previous + d * fresh_noise

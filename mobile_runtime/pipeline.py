@@ -5,7 +5,7 @@ the pipeline is the same code, so that what a converter stores as golden is what
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -94,10 +94,7 @@ class Pipeline:
     def schedule(self, steps: int | None = None) -> ScheduleTable:
         """The table for a number of steps (None: the default); others are an error."""
         wanted = self.generation.default_steps if steps is None else steps
-        if wanted not in self.schedules:
-            known = ", ".join(str(steps) for steps in sorted(self.schedules))
-            raise UserError(f"there is no schedule compiled for {wanted} steps; choose: {known}")
-        return self.schedules[wanted]
+        return find_schedule(self.schedules.values(), wanted)
 
     def encode(self, prompt: str, negative_prompt: str | None, guidance_scale: float) -> np.ndarray:
         """The text's embeddings: (2, L, D) [negative, prompt] with guidance, else (1, L, D)."""
@@ -239,6 +236,15 @@ class Pipeline:
         elapsed_ms = 1000 * (time.perf_counter() - started)
         self.timings_ms[component] = self.timings_ms.get(component, 0.0) + elapsed_ms
         return outputs
+
+
+def find_schedule(tables: Iterable[ScheduleTable], steps: int) -> ScheduleTable:
+    """The table for a number of steps; UserError with the choices where there is none."""
+    by_steps = {table.steps: table for table in tables}
+    if steps not in by_steps:
+        known = ", ".join(str(known) for known in sorted(by_steps))
+        raise UserError(f"there is no schedule compiled for {steps} steps; choose: {known}")
+    return by_steps[steps]
 
 
 def _check_noise(name: str, noise: np.ndarray, shape: tuple[int, ...]) -> None:

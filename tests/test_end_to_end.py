@@ -65,6 +65,33 @@ def test_every_target_holds_the_same_plan_and_draws_the_same_picture(bundles):
         assert picture_psnr_db(pictures[0], picture) >= SAME_PICTURE_DB
 
 
+# Optimum uses deprecated parts of torch and diffusers.
+@pytest.mark.filterwarnings("ignore")
+def test_optimum_draws_the_onnx_bundles_picture(bundles):
+    pytest.importorskip("optimum.onnxruntime")
+    import onnxruntime
+    import torch
+    from optimum.onnxruntime import ORTDiffusionPipeline
+
+    prompt = "a large red star in the center on navy"
+    bundle = Bundle.open(bundles["onnx"])
+    own = Pipeline.from_bundle(bundle)(prompt, seed=3)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    opened = ORTDiffusionPipeline.from_pretrained(bundle.path, session_options=options)
+    opened.set_progress_bar_config(disable=True)
+    generation = bundle.manifest.generation
+    drawn = opened(
+        prompt,
+        latents=torch.from_numpy(own.noise),
+        num_inference_steps=generation.default_steps,
+        guidance_scale=generation.guidance_scale,
+        output_type="np",
+    ).images[0]
+    picture = np.rint(drawn * 255).astype(np.uint8)
+    assert picture_psnr_db(own.picture, picture) >= 40
+
+
 def test_int8_models_are_two_fifths_of_float32_at_most(bundles):
     # Of so small a model the graph itself is a tenth; at the real size INT8 is a quarter.
     for path in bundles.values():

@@ -1,9 +1,12 @@
 """The runtimes that execute a bundle's components: named arrays in, named arrays out."""
 
+import contextlib
 import importlib
 import inspect
+import logging
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,3 +107,16 @@ def check_inputs(component: str, specs: Sequence[TensorSpec], feeds: Arrays) -> 
             faults.append(f"{name} is {array.dtype} {array.shape}, not {spec.dtype} {spec.shape}")
     if faults:
         raise UserError(f"wrong inputs for {component}: {'; '.join(faults)}")
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hold back the libraries' warnings: they are about parts of theirs that nobody uses here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

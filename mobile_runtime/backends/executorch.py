@@ -1,12 +1,11 @@
 """ExecuTorch: `.pte` files, through its Python runtime (which brings torch with it)."""
 
 import contextlib
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mobile_runtime.backends import Arrays, Runner
+from mobile_runtime.backends import Arrays, Runner, quiet_libraries
 from mobile_runtime.errors import BundleError, missing_backend
 
 if TYPE_CHECKING:
@@ -18,13 +17,13 @@ def load(bundle: "Bundle", component: str) -> Runner:
     entry = bundle.component(component)
     path = bundle.file(entry.path)
     # On import and on load it warns that its Python interface may change; the version is pinned.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_libraries():
         try:
             import torch
             from executorch.runtime import Runtime, Verification
         except ImportError as error:
-            raise missing_backend("executorch", "executorch", "the backend executorch") from error
+            missing = error.name or "executorch"
+            raise missing_backend(missing, "executorch", "the backend executorch") from error
         # Registers the quantize and dequantize kernels that stay outside XNNPACK; builds without
         # them still run programs that need none.
         with contextlib.suppress(ImportError):

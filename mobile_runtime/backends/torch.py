@@ -3,14 +3,11 @@
 The folder is opened from local safetensors files only: no network, and no pickled code.
 """
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobile_runtime.backends import Arrays, Runner
+from mobile_runtime.backends import Arrays, Runner, quiet_libraries
 from mobile_runtime.errors import UserError, missing_backend
 
 if TYPE_CHECKING:
@@ -36,26 +33,13 @@ def load(bundle: "Bundle", component: str, *, folder: str | Path | None = None) 
     return runner
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the libraries' warnings: they are about parts of theirs that nobody uses here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def _open(folder: Path, component: str) -> Callable[..., Any]:
     """The component as a function of tensors, in the order of the manifest's inputs."""
     subfolder = component.replace("_decoder", "").replace("_encoder", "")
     subfolder = "text_encoder" if component == "text_encoder" else subfolder
     if not (folder / subfolder / "config.json").is_file():
         raise UserError(f"{folder} is not a diffusers pipeline: it has no {subfolder}/config.json")
-    with _quiet():
+    with quiet_libraries():
         try:
             import torch
             from diffusers import AutoencoderKL, UNet2DConditionModel

@@ -70,7 +70,13 @@ def _finished(folder: Path, stage: str) -> dict:
             f"{folder} holds no checkpoint of the stage {stage!r}, which comes first; "
             f"run --stage {stage} before, or --stage all"
         )
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["step"] < state["steps"]:
+        raise UserError(
+            f"the stage {stage!r} in {folder} stands at step {state['step']} of {state['steps']}; "
+            f"finish it first: --stage {stage}, or --stage all"
+        )
+    return state
 
 
 def _load_vae_and_text(parts: Parts, folder: Path, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,11 +77,17 @@ def training_scenes(seed: int, count: int, extra_pairs: int = 0) -> list[Scene]:
 
 @torch.no_grad()
 def encode_drawings(parts: Parts, scenes: list[Scene], seed: int, path: Path) -> torch.Tensor:
-    """Scaled latents of one drawing a scene: float32 (N, 4, 16, 16), kept at `path`."""
+    """Scaled latents of one drawing a scene: float32 (N, 4, 16, 16), kept at `path`.
+
+    What is kept is used again only for the same autoencoder, scenes and seed.
+    """
+    digest = hashlib.sha256(repr((seed, scenes)).encode())
+    for name, value in parts.vae.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     if path.exists():
         kept = torch.load(path, map_location="cpu", weights_only=True)
-        if len(kept) == len(scenes):
-            return kept.float()
+        if isinstance(kept, dict) and kept["inputs"] == digest.hexdigest():
+            return kept["latents"].float()
     rng = np.random.default_rng([seed, 95])
     device = parts.vae.device
     latents = []
@@ -89,8 +96,9 @@ def encode_drawings(parts: Parts, scenes: list[Scene], seed: int, path: Path) ->
         with autocast(device):
             mean = parts.vae.encode(images).latent_dist.mean
         latents.append((mean.float() * parts.vae.config.scaling_factor).half().cpu())
-    save_atomically(torch.cat(latents), path)
-    return torch.cat(latents).float()
+    made = torch.cat(latents)
+    save_atomically({"inputs": digest.hexdigest(), "latents": made}, path)
+    return made.float()
 
 
 def train_unet(

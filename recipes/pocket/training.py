@@ -132,6 +132,7 @@ def fit(stage: Stage, folder: Path, stop_after: int | None = None) -> Average | 
                 "optimizer": optimizer.state_dict(),
                 "average": average.values if average else {},
                 "step": step,
+                "steps": stage.steps,
             },
             path,
         )

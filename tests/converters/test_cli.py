@@ -274,6 +274,15 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(capsys, tmp_path):
     assert not output.exists()
 
 
+def test_a_vae_encoder_on_request_is_quantized_as_the_rest_is(capsys, tmp_path):
+    argv = ["--recipe", "pocket_int8", "--vae-encoder", "-o", str(tmp_path / "b"), "--dry-run"]
+    assert run("onnx", *argv) == 0
+    (row,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("vae_encoder")
+    ]
+    assert row.split()[3] == "21"
+
+
 def test_the_columns_of_a_dry_run_stay_apart_for_the_largest_pictures(capsys):
     argv = ["--recipe", "sd_turbo_int8", "--model", "random:sd_turbo", "--resolution", "8192"]
     assert run("onnx", *argv, "--dry-run") == 0

@@ -1,6 +1,7 @@
 """Training: a killed run ends where an uninterrupted one does, and mistakes are told."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from recipes.pocket.captions import parse_caption
 from recipes.pocket.train import fresh_parts, main, train
 from recipes.pocket.train_text import _CHOICES, UNSAID, labels, train_text
 from recipes.pocket.train_unet import PHASES as UNET_PHASES
-from recipes.pocket.train_unet import train_unet
-from recipes.pocket.train_vae import PHASES, drawings, normalize_latents, psnr_db, train_vae
+from recipes.pocket.train_unet import encode_drawings, train_unet, training_scenes
+from recipes.pocket.train_vae import PHASES as VAE_PHASES
+from recipes.pocket.train_vae import drawings, normalize_latents, psnr_db, train_vae
 from recipes.pocket.training import step_generator, to_pictures, to_tensor
 
 
@@ -27,14 +29,15 @@ def run_stage(name, parts, folder, stop_after=None):
     parts = copy.deepcopy(parts)
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    if name == "vae":
-        return train_vae(parts.vae, PHASES[0], folder, 0, 2, stop_after).state_dict()
+    if name.startswith("vae"):
+        phase = next(phase for phase in VAE_PHASES if phase.name == name)
+        return train_vae(parts.vae, phase, folder, 0, 2, stop_after).state_dict()
     if name == "text":
         args = (parts.text_encoder, parts.tokenizer, folder, 0, 2, stop_after)
         return train_text(*args).state_dict()
-    train_unet(
-        parts, UNET_PHASES[0], folder, 0, 2, stop_after, drawings=8, extra_pairs=2, watch_every=1000
-    )
+    phase = next(phase for phase in UNET_PHASES if phase.name == name)
+    sizes = {"drawings": 24, "extra_pairs": 2, "watch_every": 1000}
+    train_unet(parts, phase, folder, 0, 2, stop_after, **sizes)
     return parts.unet.state_dict()
 
 
@@ -45,13 +48,14 @@ def no_watching(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_watching")
-@pytest.mark.parametrize("name", ["vae", "text", "unet", "unet_fine"])
+@pytest.mark.parametrize("name", ["vae", "vae_fine", "text", "unet", "unet_fine"])
 def test_an_interrupted_run_resumes_to_the_same_weights(name, parts, tmp_path):
     whole = run_stage(name, parts, tmp_path / "whole")
     run_stage(name, parts, tmp_path / "broken", stop_after=1)
     resumed = run_stage(name, parts, tmp_path / "broken")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    untrained = {"vae": parts.vae, "text": parts.text_encoder}.get(name, parts.unet)
+    modules = {"vae": parts.vae, "text": parts.text_encoder, "unet": parts.unet}
+    untrained = modules[name.removesuffix("_fine")]
     assert any(not torch.equal(whole[k], v) for k, v in untrained.state_dict().items())
 
 
@@ -87,6 +91,35 @@ def test_pictures_survive_the_way_to_tensors_and_back():
 def test_each_step_has_its_own_noise():
     draws = [torch.randn(3, generator=step_generator(0, s, k)) for s in (0, 1) for k in (0, 1)]
     assert len({tuple(d.tolist()) for d in draws}) == 4
+
+
+def test_latents_are_made_again_for_another_autoencoder(parts, tmp_path):
+    parts = copy.deepcopy(parts)
+    scenes = training_scenes(0, 3)
+    first = encode_drawings(parts, scenes, 0, tmp_path / "latents.pt")
+    assert torch.equal(encode_drawings(parts, scenes, 0, tmp_path / "latents.pt"), first)
+    with torch.no_grad():
+        parts.vae.quant_conv.weight.mul_(1.5)
+    assert not torch.equal(encode_drawings(parts, scenes, 0, tmp_path / "latents.pt"), first)
+
+
+def test_all_stages_in_a_row_give_a_model_and_none_builds_on_an_unfinished_one(
+    no_watching, tmp_path, monkeypatch
+):
+    from recipes.pocket import train as command
+    from recipes.pocket import train_unet as unet_stage
+
+    monkeypatch.setattr(command, "STEPS", dict.fromkeys(command.STEPS, 1))
+    small = {"drawings": 24, "extra_pairs": 2}
+    monkeypatch.setattr(command, "train_unet", partial(unet_stage.train_unet, **small))
+    monkeypatch.setattr(command, "normalize_latents", lambda vae, seed: None)
+    model = train(tmp_path)
+    assert (model / "model_index.json").is_file()
+    path = tmp_path / "checkpoints" / "unet.ckpt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "steps": 2}, path)
+    with pytest.raises(UserError, match="stands at step 1 of 2; finish it first"):
+        train(tmp_path, "unet_fine")
 
 
 def test_stages_ask_for_what_comes_before(tmp_path):
