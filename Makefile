@@ -35,7 +35,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-## bench: the figures of BENCHMARKS.md (the real sizes need 14 GB of memory and an hour)
+## bench: the figures of BENCHMARKS.md (the real sizes need 8 GB of memory; an hour in all)
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.pocket
 	$(BIN)/python -m tests.benchmarks.full_size
