@@ -40,7 +40,11 @@ Kind = Literal[
 PIPELINE = "pipeline"
 # The comparisons that a bundle's gates hold, where they are set.
 GATEABLE: tuple[Kind, ...] = (
-    *("same_function", "source", "layers_at_conversion", "picture", "source_picture"),
+    "same_function",
+    "source",
+    "layers_at_conversion",
+    "picture",
+    "source_picture",
 )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from converters import cli
+from converters.onnx import EXACT_SESSION
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.parity import picture_psnr_db
 from mobile_runtime.pipeline import Pipeline
@@ -77,7 +78,8 @@ def test_optimum_draws_the_onnx_bundles_picture(bundles):
     bundle = Bundle.open(bundles["onnx"])
     own = Pipeline.from_bundle(bundle)(prompt, seed=3)
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    for key, value in EXACT_SESSION.items():
+        options.add_session_config_entry(key, value)
     opened = ORTDiffusionPipeline.from_pretrained(bundle.path, session_options=options)
     opened.set_progress_bar_config(disable=True)
     generation = bundle.manifest.generation
