@@ -12,9 +12,12 @@ Import this module only where executorch is installed.
 """
 
 import contextlib
+import copy
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, cast
+from unittest import mock
 
 import torch
 from executorch.backends.xnnpack import _passes, xnnpack_preprocess
@@ -37,7 +40,14 @@ from executorch.backends.xnnpack.utils.quant_utils import (
 )
 from executorch.backends.xnnpack.utils.utils import get_input_node, get_param_tensor, is_getitem
 from executorch.backends.xnnpack.utils.xnnpack_constants import UINT64_MAX, XNN_INVALID_VALUE_ID
+from executorch.exir.dialects._ops import ops as exir_ops
+from executorch.exir.pass_base import ExportPass
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import Node
+from torch.fx.passes.infra.partitioner import Partition
+
+from converters import edge
 
 _LINEAR, _CONVOLUTION = "aten.linear.default", "aten.convolution.default"
 
@@ -84,10 +94,25 @@ class WeightOnlyConvolution(_WeightOnly, ConvolutionConfig):
         return super().check_constraints(node, ep)
 
 
-def partitioner() -> XnnpackPartitioner:
-    """XNNPACK's partitioner with the weight-only layers."""
-    own = {LinearConfig: WeightOnlyLinear, ConvolutionConfig: WeightOnlyConvolution}
-    return XnnpackPartitioner(configs=[own.get(rule, rule) for rule in ALL_PARTITIONER_CONFIGS])
+class Partitioner(XnnpackPartitioner):
+    """XNNPACK's partitioner with the weight-only layers.
+
+    A graph that XNNPACK takes as a whole is one partition. The library would find the same by
+    merging the groups of nodes two by two, with a search for cycles each time.
+    """
+
+    def __init__(self) -> None:
+        own = {LinearConfig: WeightOnlyLinear, ConvolutionConfig: WeightOnlyConvolution}
+        super().__init__(configs=[own.get(rule, rule) for rule in ALL_PARTITIONER_CONFIGS])
+
+    def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
+        """The partitions of a program."""
+        program = finished(ep)
+        groups = self.get_matched_nodes_from_configs(program)
+        taken = {node for group in groups for node in group}
+        if all(node in taken for node in program.graph.nodes if node.op == "call_function"):
+            return [Partition(id=0, nodes=[node for node in program.graph.nodes if node in taken])]
+        return super().generate_partitions(program)
 
 
 class _Writer(node_visitor.NodeVisitor):
@@ -347,32 +372,90 @@ def _quantizes_for_convolution(node: Node) -> bool:
     )
 
 
-# Each pass executes the whole graph anew, whether it finds something or not; of seventeen, these
-# can find something in a diffusion model. ConvertToSDPAPass must not run at all: it mistakes a
-# plain product, softmax and product for its own pattern, and fails.
-PASSES = [
-    _passes.XNNPACKRemoveCloneOpsTransform,
-    _passes.DimOrderOpsRevertPass,
-    FuseActivationPass,
-    DecomposeConcatenate,
-    KeepLayoutOfDynamicInputs,
-    _passes.RemoveRedundantCopyPass,
-]
+class LayoutWithoutRoundTrips(KeepLayoutOfDynamicInputs, _passes.RemoveRedundantCopyPass):
+    """Lays pictures out as channels-last, then removes the copies that undo each other.
+
+    Each of the two edits the graph and calls the next, and the last executes it, once.
+    """
+
+
+def _items(argument: Any) -> list[Any]:
+    return list(argument)
+
+
+_ACTIVATIONS = FuseActivationPass.FUSEABLE_ACTIVATIONS
+_CAT = exir_ops.edge.aten.cat.default
+
+# The passes that can find something in a diffusion model, and whether they find it in a node. A
+# pass executes the whole graph anew, so those that find nothing do not run. ConvertToSDPAPass must
+# not run at all: it mistakes a plain product, softmax and product for its own pattern, and fails.
+PASSES: dict[type[ExportPass], Callable[[Node], bool]] = {
+    _passes.XNNPACKRemoveCloneOpsTransform: lambda node: True,
+    # Every pass that only looks at operators asks by itself (converters/edge.py).
+    _passes.DimOrderOpsRevertPass: lambda node: True,
+    FuseActivationPass: lambda node: node.target in _ACTIVATIONS,
+    # As the pass counts: XNNPACK joins five tensors at most.
+    DecomposeConcatenate: lambda node: node.target is _CAT and len(_items(node.args[0])) > 5,
+    LayoutWithoutRoundTrips: lambda node: True,
+}
+
+
+class PassManager(_passes.XNNPACKPassManager):
+    """Runs PASSES, each if it finds something; nothing changes the program afterwards."""
+
+    def transform(self) -> ExportedProgram:
+        """The program with its passes run."""
+        program = self.exported_program
+        for kind, finds in PASSES.items():
+            if any(finds(node) for node in program.graph.nodes):
+                program = _passes.XNNPACKPassManager(program, [kind]).transform()
+        return finished(program)
+
+
+def _made_once(name: str) -> Any:
+    return cached_property(vars(ExportGraphSignature)[name].fget)
+
+
+class FinishedSignature(ExportGraphSignature):
+    """A signature that does not change any more, so that its tables are made once.
+
+    XNNPACK's rules and writers ask for them some ten times a node.
+    """
+
+    parameters = _made_once("parameters")
+    buffers = _made_once("buffers")
+    inputs_to_parameters = _made_once("inputs_to_parameters")
+    inputs_to_buffers = _made_once("inputs_to_buffers")
+    inputs_to_lifted_tensor_constants = _made_once("inputs_to_lifted_tensor_constants")
+
+    def replace_all_uses(self, old: str, new: str) -> None:
+        """Refuse to change."""
+        raise RuntimeError("a finished signature cannot change")
+
+
+def finished(program: ExportedProgram) -> ExportedProgram:
+    """The same program, of the same graph and constants, with a finished signature."""
+    program = copy.copy(program)
+    specs: list[Any] = [program.graph_signature.input_specs, program.graph_signature.output_specs]
+    inputs, outputs = (cast(Any, tuple(each)) for each in specs)
+    program._graph_signature = FinishedSignature(inputs, outputs)
+    return program
 
 
 @contextlib.contextmanager
 def extended() -> Iterator[None]:
-    """Lower with the extensions above; what ExecuTorch had is put back at the end."""
-    manager = xnnpack_preprocess.XNNPACKPassManager
-    visitors = dict(node_visitor._node_visitor_dict)
-    xnnpack_preprocess.XNNPACKPassManager = lambda program, passes=None: manager(
-        program, passes or PASSES
-    )
-    node_visitor.register_node_visitor(LinearWriter)
-    node_visitor.register_node_visitor(ConvolutionWriter)
-    try:
+    """Lower with the extensions above; what ExecuTorch had is put back at the end.
+
+    Each patch names what it replaces, and fails where an ExecuTorch has no such thing.
+    """
+    with (
+        # Passes that would change nothing do not execute the graph.
+        mock.patch.object(ExportPass, "call", edge.asking_first(ExportPass.call)),
+        # Its preprocessing has no argument for the passes to run.
+        mock.patch.object(xnnpack_preprocess, "XNNPACKPassManager", PassManager),
+        # Its registry of writers is a plain dictionary, without a way to take one out.
+        mock.patch.dict(node_visitor._node_visitor_dict),
+    ):
+        node_visitor.register_node_visitor(LinearWriter)
+        node_visitor.register_node_visitor(ConvolutionWriter)
         yield
-    finally:
-        xnnpack_preprocess.XNNPACKPassManager = manager
-        node_visitor._node_visitor_dict.clear()
-        node_visitor._node_visitor_dict.update(visitors)

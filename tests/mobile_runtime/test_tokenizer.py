@@ -160,7 +160,7 @@ def test_broken_files_are_told_in_one_sentence(
 def test_clips_own_vocabulary_gives_the_published_ids(tmp_path: Path, pad_token: str) -> None:
     from transformers import CLIPTokenizer
 
-    from converters.architectures import write_clip_tokenizer
+    from recipes.sources.architectures import write_clip_tokenizer
 
     write_clip_tokenizer(tmp_path, pad_token)
     theirs = CLIPTokenizer.from_pretrained(str(tmp_path))

@@ -4,9 +4,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from converters.architectures import Architecture, write_config_folder
-from converters.diffusers_folder import assemble, check_finite, check_safetensors, told
 from mobile_runtime.errors import UserError
+from recipes.sources.architectures import Architecture, write_config_folder
+from recipes.sources.diffusers_folder import assemble, check_finite, check_safetensors, told
 
 
 def check_single_file(path: Path) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 from mobile_runtime.bundle import sha256
 from mobile_runtime.errors import UserError
 
-# Folder of the pipeline: the stem of its weights, and its class.
-MODELS: dict[str, tuple[str, str]] = {
-    "text_encoder": ("model", "CLIPTextModel"),
-    "unet": ("diffusion_pytorch_model", "UNet2DConditionModel"),
-    "vae": ("diffusion_pytorch_model", "AutoencoderKL"),
+# Folder of the pipeline: the stem of its weights, and the classes that it may be.
+MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "text_encoder": ("model", ("CLIPTextModel",)),
+    "unet": ("diffusion_pytorch_model", ("UNet2DConditionModel",)),
+    "vae": ("diffusion_pytorch_model", ("AutoencoderKL", "AutoencoderTiny")),
 }
 
 # What config.json gives as a number above 0, or as a list of them.
@@ -39,7 +39,14 @@ SIZES: dict[str, tuple[str, ...]] = {
         "norm_num_groups",
         "out_channels",
     ),
-    "vae": ("block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups"),
+    "vae": (
+        "block_out_channels",
+        "decoder_block_out_channels",
+        "encoder_block_out_channels",
+        "latent_channels",
+        "layers_per_block",
+        "norm_num_groups",
+    ),
 }
 
 
@@ -87,6 +94,9 @@ def open_folder(
         component: _read_json(folder / component / "config.json", where) for component in MODELS
     }
     _check_configs(configs, where)
+    classes = {component: index[component][1] for component in MODELS}
+    if classes["vae"] == "AutoencoderTiny":
+        check_tiny(configs["vae"], f"{where}: vae")
     for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"):
         if not (folder / name).is_file():
             raise UserError(f"{where}: {name} is missing; download the whole pipeline again")
@@ -94,17 +104,21 @@ def open_folder(
     modules: dict[str, Any] = {}
     variants: dict[str, str | None] = {}
     for component in MODELS if check_files else ():
-        files, variants[component] = _weight_files(folder, component, where)
+        files, variants[component] = weight_files(folder / component, component, where)
         for file in files:
             check_safetensors(file)
             if weights:
                 hashes[file.relative_to(folder).as_posix()] = sha256(file)
     for component in MODELS:
         if weights:
-            modules[component] = _load_module(folder, component, variants[component], where)
+            modules[component] = load_module(
+                folder / component, component, classes[component], variants[component], where
+            )
             check_finite(modules[component], component)
         else:
-            modules[component] = _empty_module(component, configs[component], where)
+            modules[component] = empty_module(
+                component, classes[component], configs[component], where
+            )
     pipeline = assemble(
         **modules,
         tokenizer=_load_tokenizer(folder, where),
@@ -137,7 +151,7 @@ def _check_index(index: dict[str, Any], where: str) -> None:
             "StableDiffusionPipeline (Stable Diffusion 1.x, 2.x or Turbo)"
         )
     wanted: dict[str, tuple[str, ...]] = {
-        component: (name,) for component, (_, name) in MODELS.items()
+        component: names for component, (_, names) in MODELS.items()
     }
     wanted["tokenizer"] = ("CLIPTokenizer", "CLIPTokenizerFast")
     for component, names in wanted.items():
@@ -146,7 +160,7 @@ def _check_index(index: dict[str, Any], where: str) -> None:
         if given not in names:
             raise UserError(
                 f"{where}: {component} is {given or 'missing'} in model_index.json, and only "
-                f"{names[0]} is supported"
+                f"{' or '.join(names)} is supported"
             )
     scheduler = index.get("scheduler")
     if not (isinstance(scheduler, list) and len(scheduler) == 2):
@@ -164,21 +178,8 @@ def _check_configs(configs: dict[str, dict[str, Any]], where: str) -> None:
     for component, key in (("unet", "block_out_channels"), ("vae", "block_out_channels")):
         if not isinstance(configs[component].get(key), list):
             raise UserError(f"{where}: {component}/config.json has no {key}")
-    for component, keys in SIZES.items():
-        for key in keys:
-            value = configs[component].get(key)
-            sizes = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(type(size) is int and size > 0 for size in sizes):
-                raise UserError(
-                    f"{where}: {component}/config.json has {key} {value!r}; it should be a whole "
-                    "number above 0, or a list of them"
-                )
-    factor = vae.get("scaling_factor", 1.0)
-    if type(factor) not in (int, float) or not 0 < factor < math.inf:
-        raise UserError(
-            f"{where}: vae/config.json has scaling_factor {factor!r}; it should be a number above "
-            "0 (0.18215 for Stable Diffusion)"
-        )
+    for component, config in configs.items():
+        check_sizes(component, config, f"{where}: {component}")
     latent, takes, gives = (
         vae.get("latent_channels"),
         unet.get("in_channels"),
@@ -196,21 +197,57 @@ def _check_configs(configs: dict[str, dict[str, Any]], where: str) -> None:
         )
 
 
-def _weight_files(folder: Path, component: str, where: str) -> tuple[list[Path], str | None]:
-    """A component's safetensors files and diffusers' name for their variant (None or fp16)."""
+def check_sizes(component: str, config: dict[str, Any], where: str) -> None:
+    """Refuse what cannot be a size in a component's configuration; `where` names the component."""
+    for key in SIZES[component]:
+        value = config.get(key)
+        sizes = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise UserError(
+                f"{where}/config.json has {key} {value!r}; it should be a whole number above 0, or "
+                "a list of them"
+            )
+    factor = config.get("scaling_factor", 1.0)
+    if component == "vae" and (type(factor) not in (int, float) or not 0 < factor < math.inf):
+        raise UserError(
+            f"{where}/config.json has scaling_factor {factor!r}; it should be a number above 0 "
+            "(0.18215 for Stable Diffusion)"
+        )
+
+
+def check_tiny(config: dict[str, Any], where: str) -> None:
+    """Refuse the configuration of an AutoencoderTiny whose decoder cannot compute a picture."""
+    widths = config.get("decoder_block_out_channels")
+    if not isinstance(widths, list) or len(set(widths)) != 1:
+        raise UserError(
+            f"{where}/config.json has decoder_block_out_channels {widths!r}; an AutoencoderTiny "
+            "needs a list of equal widths, one a size"
+        )
+    for key, wanted in (("upsampling_scaling_factor", 2), ("out_channels", 3)):
+        if config.get(key, wanted) != wanted:
+            raise UserError(
+                f"{where}/config.json has {key} {config[key]!r}; only {wanted} is supported"
+            )
+
+
+def weight_files(folder: Path, component: str, where: str) -> tuple[list[Path], str | None]:
+    """The safetensors files in a component's folder, and diffusers' name for their variant.
+
+    The variant is None or fp16.
+    """
     stem, _ = MODELS[component]
     for variant in (None, "fp16"):
         suffix = f".{variant}" if variant else ""
-        single = folder / component / f"{stem}{suffix}.safetensors"
+        single = folder / f"{stem}{suffix}.safetensors"
         if single.is_file():
             return [single], variant
-        index = folder / component / f"{stem}.safetensors.index{suffix}.json"
+        index = folder / f"{stem}.safetensors.index{suffix}.json"
         if index.is_file():
             weight_map = _read_json(index, where).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{index} has no weight_map; download the whole pipeline again")
             names = sorted({str(name) for name in weight_map.values()})
-            files = [folder / component / Path(name).name for name in names]
+            files = [folder / Path(name).name for name in names]
             missing = [file.name for file in files if not file.is_file()]
             if missing or not files:
                 raise UserError(
@@ -218,7 +255,7 @@ def _weight_files(folder: Path, component: str, where: str) -> tuple[list[Path],
                     "download the whole pipeline again"
                 )
             return files, variant
-    present = [path.name for path in (folder / component).iterdir()]
+    present = [path.name for path in folder.iterdir()]
     raise UserError(no_safetensors(component, present, where))
 
 
@@ -255,12 +292,12 @@ def told(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be loaded: {lines[0][:300]}") from error
 
 
-def _load_module(folder: Path, component: str, variant: str | None, where: str) -> Any:
+def load_module(folder: Path, component: str, name: str, variant: str | None, where: str) -> Any:
+    """The module in a component's folder, in float32. name: its class, one of MODELS."""
     import diffusers
     import torch
     import transformers
 
-    name = MODELS[component][1]
     options: dict[str, Any] = {
         "use_safetensors": True,
         "variant": variant,
@@ -270,11 +307,11 @@ def _load_module(folder: Path, component: str, variant: str | None, where: str) 
     with told(f"{where}: {component}"):
         if component == "text_encoder":
             loaded = transformers.CLIPTextModel.from_pretrained(
-                folder / component, dtype=torch.float32, **options
+                folder, dtype=torch.float32, **options
             )
         else:
             loaded = getattr(diffusers, name).from_pretrained(
-                folder / component, torch_dtype=torch.float32, **options
+                folder, torch_dtype=torch.float32, **options
             )
     module, report = loaded
     if report["missing_keys"]:
@@ -286,7 +323,8 @@ def _load_module(folder: Path, component: str, variant: str | None, where: str) 
     return module
 
 
-def _empty_module(component: str, config: dict[str, Any], where: str) -> Any:
+def empty_module(component: str, name: str, config: dict[str, Any], where: str) -> Any:
+    """The module of a component on the meta device. name: its class, one of MODELS."""
     import diffusers
     import torch
     import transformers
@@ -294,7 +332,7 @@ def _empty_module(component: str, config: dict[str, Any], where: str) -> Any:
     with told(f"{where}: {component}/config.json"), torch.device("meta"):
         if component == "text_encoder":
             return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(config))
-        return getattr(diffusers, MODELS[component][1]).from_config(config)
+        return getattr(diffusers, name).from_config(config)
 
 
 def _load_tokenizer(folder: Path, where: str) -> Any:

@@ -9,21 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.architectures import (
+from mobile_runtime.bundle import sha256
+from mobile_runtime.errors import UserError, choices
+from recipes.schema import RANDOM_ARCHITECTURES
+from recipes.sources.architectures import (
     ARCHITECTURES,
     Architecture,
     empty_modules,
     random_modules,
     write_clip_tokenizer,
 )
-from converters.diffusers_folder import MODELS, assemble, no_safetensors, open_folder
-from converters.single_file import check_single_file, load_single_file
-from mobile_runtime.bundle import sha256
-from mobile_runtime.errors import UserError, choices
-from recipes.schema import RANDOM_ARCHITECTURES
+from recipes.sources.diffusers_folder import MODELS, assemble, no_safetensors, open_folder
+from recipes.sources.hub import fetch
+from recipes.sources.single_file import check_single_file, load_single_file
 
-# Seconds to wait for the hub to answer before looking at the cache.
-HUB_TIMEOUT_S = 10
 WAYS_OUT = (
     "download it on a machine with access (for a gated one after `hf auth login`) and "
     "pass the folder or .safetensors file as --model, or use --model embedded, "
@@ -144,70 +143,18 @@ def _of_architecture(architecture: Architecture, modules: tuple[Any, Any, Any]) 
 
 
 def _open_hub(model: str, revision: str | None, weights: bool) -> Source:
-    """Ask the hub once for the commit; without an answer, take what the cache holds."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from requests import RequestException
-
+    """Download what is needed of a pipeline; configurations alone where no weights are."""
     at = f"{model}@{revision}" if revision else model
-    try:
-        found = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S)
-        files = [sibling.rfilename for sibling in found.siblings or []]
+
+    def choose(files: list[str]) -> list[str]:
         needed = _hub_weights(files, model)
-        patterns = [*CONFIGS, *(needed if weights else ())]
-        folder = snapshot_download(
-            model,
-            revision=found.sha,
-            allow_patterns=patterns,
-            etag_timeout=HUB_TIMEOUT_S,
-        )
-        commit = found.sha
-    except GatedRepoError:
-        raise UserError(
-            f"{at} is gated: accept its licence on its hub page and run `hf auth login`; "
-            f"or {WAYS_OUT}"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"the hub's {model} has no revision {revision!r}") from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"the hub has no model {model}, or it is private: check the name, or run "
-            f"`hf auth login`; or {WAYS_OUT}"
-        ) from None
-    except HFValidationError as error:
-        raise UserError(f"{model!r} is no hub id: {error}") from None
-    except (RequestException, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
-        try:
-            folder = snapshot_download(
-                model, revision=revision, allow_patterns=list(CONFIGS), local_files_only=True
-            )
-        except (LocalEntryNotFoundError, FileNotFoundError):
-            raise UserError(
-                f"{at} is no folder here and not in the local cache, and the hub cannot be reached "
-                f"({_reason(error)}); {WAYS_OUT}"
-            ) from None
-        commit = Path(folder).name
+        return [*CONFIGS, *(needed if weights else ())]
+
+    folder, commit = fetch(model, revision, choose, CONFIGS, WAYS_OUT)
     # Without weights the snapshot may hold the configurations alone.
-    pipeline, hashes = open_folder(Path(folder), at, weights, check_files=weights)
+    pipeline, hashes = open_folder(folder, at, weights, check_files=weights)
     info = {"kind": "hub", "id": model, "revision": commit}
     return Source(pipeline, {**info, "weights_sha256": hashes})
-
-
-def _reason(error: Exception) -> str:
-    response = getattr(error, "response", None)
-    if response is not None:
-        return f"HTTP {response.status_code}"
-    return {"OfflineModeIsEnabled": "offline mode is on", "ConnectTimeout": "no answer"}.get(
-        type(error).__name__, "no connection"
-    )
 
 
 def _hub_weights(files: list[str], where: str) -> list[str]:

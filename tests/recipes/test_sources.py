@@ -14,11 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters import architectures, single_file
-from converters.architectures import ARCHITECTURES
-from converters.source import check_resolution, open_source
 from mobile_runtime.errors import UserError
-from tests.converters.original_format import save_original
+from recipes.sources import architectures, check_resolution, open_source, single_file
+from recipes.sources.architectures import ARCHITECTURES
+from tests.recipes.original_format import save_original
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -538,7 +537,7 @@ class TestSingleFile:
 
 def test_importing_the_module_loads_no_heavy_library() -> None:
     code = (
-        "import sys; import converters.source; "
+        "import sys; import recipes.sources; "
         "assert not {'torch', 'diffusers', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
