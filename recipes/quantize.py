@@ -1,13 +1,15 @@
-"""INT8 weights, made once in PyTorch: every target lowers these same integers.
+"""The plan: which layers become integers, and why. Made once; every target lowers the result.
 
-A chosen `Conv2d`, `Linear` or `Embedding` is replaced by a module that holds int8 weights with one
-float scale an output channel (for an embedding: one a row), symmetric in -127..127, and computes
-through the `quantized_decomposed` operators, which Core ML, ONNX and ExecuTorch all know how to
-lower. Scales are max-abs: on the 328 layers of the embedded model, a search for the clipping with
-the least squared error gained 0.01 dB (median) to 0.08 dB (most), not worth its time.
+The layers themselves are in quantized_layers.py. Scales of static activations come from a run of
+the float pipeline (calibrate.py), and a budget may keep the most sensitive layers' activations in
+float (sensitivity.py).
+
+The first token of a prompt is an outlier in SDXL-Turbo, and MixDQ keeps its keys and values in
+float. In the embedded model it is none: of the layers that read text, measured one by one, the most
+sensitive leaves 59 dB of the UNet's output (the median of all layers: 77 dB; the least, conv_out:
+33 dB), so there is no such exception here.
 """
 
-import copy
 import difflib
 import fnmatch
 import statistics
@@ -15,210 +17,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-
-# Registers the torch.ops.quantized_decomposed operators.
-import torch.ao.quantization.fx._decomposed
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
-from recipes.schema import QuantizeSettings
-
-QUANT_MIN, QUANT_MAX = -127, 127
-
-Activations = Literal["none", "int8_dynamic", "int8_static"]
-
-ops = torch.ops.quantized_decomposed
-
-_DROPPED_BITS = (1 << (23 - 10)) - 1
-"""Of a float32's 23 stored bits, those that a float16 has no room for."""
-
-
-def max_abs_scale(weight: Tensor) -> Tensor:
-    """The symmetric scale of each channel (axis 0): max|w| / 127, and 1 for a channel of zeros.
-
-    Rounded up to 11 significant bits, which is what float16 has: a target that keeps its scales
-    in float16 then holds the same number as one that keeps them in float32.
-
-    weight: (channels, ...) float32, finite. Returns (channels,) float32, finite and positive.
-    """
-    low, high = weight.flatten(1).aminmax(dim=1)
-    peak = torch.maximum(-low, high)
-    # Below the smallest normal number 1 / scale would overflow.
-    scale = (peak / QUANT_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-    rounded = (scale.view(torch.int32) + _DROPPED_BITS) & ~_DROPPED_BITS
-    scale = torch.where(scale.isfinite(), rounded.view(torch.float32), scale)
-    # Asked this way, NaN and Inf stay in the scale, where `run` sees them.
-    return torch.where(peak == 0, torch.ones_like(scale), scale)
-
-
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight to int8, symmetric per channel (axis 0).
-
-    weight: (channels, ...) float. Returns the integers (same shape, int8) and the scales
-    ((channels,) float32); `integers * scale` is within half a scale of the weight.
-    """
-    weight = weight.detach().float()
-    scale = max_abs_scale(weight)
-    zero_point = torch.zeros(len(scale), dtype=torch.int8)
-    integers = ops.quantize_per_channel(
-        weight, scale, zero_point, 0, QUANT_MIN, QUANT_MAX, torch.int8
-    )
-    return integers, scale
-
-
-class QuantizedModule(nn.Module):
-    """A layer whose weight is stored as int8 with a scale for each channel of axis 0.
-
-    weight_int8: (channels, ...) int8; weight_scale: (channels,) float32; weight_zero_point:
-    (channels,) int8, all zero, there because XNNPACK and Core ML want the operand.
-    """
-
-    weight_int8: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor
-
-    def __init__(
-        self, weight_int8: Tensor, weight_scale: Tensor, activations: Activations = "none"
-    ) -> None:
-        super().__init__()
-        self.activations = activations
-        self.register_buffer("weight_int8", weight_int8)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("weight_zero_point", torch.zeros(len(weight_scale), dtype=torch.int8))
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that the integers stand for, float32."""
-        return ops.dequantize_per_channel(
-            self.weight_int8,
-            self.weight_scale,
-            self.weight_zero_point,
-            0,
-            QUANT_MIN,
-            QUANT_MAX,
-            torch.int8,
-        )
-
-    def to_float(self) -> nn.Module:
-        """The ordinary PyTorch layer that holds the dequantized weight."""
-        raise NotImplementedError
-
-
-class QuantizedConv2d(QuantizedModule):
-    """`nn.Conv2d` with int8 weights. Dynamic activations: a scale a sample, or a pixel if 1x1."""
-
-    def __init__(
-        self, layer: nn.Conv2d, integers: Tensor, scale: Tensor, activations: Activations
-    ) -> None:
-        super().__init__(integers, scale, activations)
-        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
-        self.kernel_size, self.stride = layer.kernel_size, layer.stride
-        self.padding, self.dilation, self.groups = layer.padding, layer.dilation, layer.groups
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, in_channels, H, W) float32."""
-        if self.activations == "int8_dynamic":
-            # As XNNPACK does: a 1x1 convolution is a linear of the pixels.
-            pointwise = self.kernel_size == self.stride == (1, 1)
-            x = fake_quantize_per_pixel(x) if pointwise else fake_quantize_per_sample(x)
-        return F.conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
-
-    def to_float(self) -> nn.Conv2d:
-        layer = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            self.groups,
-            bias=self.bias is not None,
-            device="meta",
-        )
-        return _with_weights(layer, self.weight, self.bias)
-
-
-class QuantizedLinear(QuantizedModule):
-    """`nn.Linear` with int8 weights. Dynamic activations: one scale for each token."""
-
-    def __init__(
-        self, layer: nn.Linear, integers: Tensor, scale: Tensor, activations: Activations
-    ) -> None:
-        super().__init__(integers, scale, activations)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features) float32."""
-        if self.activations == "int8_dynamic":
-            x = fake_quantize_per_token(x)
-        return F.linear(x, self.weight, self.bias)
-
-    def to_float(self) -> nn.Linear:
-        layer = nn.Linear(
-            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
-        )
-        return _with_weights(layer, self.weight, self.bias)
-
-
-class QuantizedEmbedding(QuantizedModule):
-    """`nn.Embedding` with int8 rows."""
-
-    def __init__(
-        self, layer: nn.Embedding, integers: Tensor, scale: Tensor, activations: Activations
-    ) -> None:
-        super().__init__(integers, scale, activations)
-        self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
-        self.padding_idx = layer.padding_idx
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids: any shape of integers below num_embeddings."""
-        return F.embedding(ids, self.weight, self.padding_idx)
-
-    def to_float(self) -> nn.Embedding:
-        layer = nn.Embedding(
-            self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta"
-        )
-        return _with_weights(layer, self.weight, None)
-
-
-def _with_weights(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return layer.eval()
-
-
-def fake_quantize_per_sample(x: Tensor) -> Tensor:
-    """Round an activation to int8 with an asymmetric scale for each sample of the batch."""
-    return fake_quantize_per_token(x.flatten(1)).view(x.shape)
-
-
-def fake_quantize_per_pixel(x: Tensor) -> Tensor:
-    """Round an activation (B, C, H, W) to int8 with an asymmetric scale for each pixel."""
-    return fake_quantize_per_token(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def fake_quantize_per_token(x: Tensor) -> Tensor:
-    """Round an activation to int8 with an asymmetric scale for each row of its last axis."""
-    scale, zero_point = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
-    integers = ops.quantize_per_token(x, scale, zero_point, -128, 127, torch.int8)
-    return ops.dequantize_per_token(
-        integers, scale, zero_point, -128, 127, torch.int8, torch.float32
-    )
-
-
-# By exact type: a subclass may compute something else.
-REPLACEMENTS: dict[type[nn.Module], Any] = {
-    nn.Conv2d: QuantizedConv2d,
-    nn.Linear: QuantizedLinear,
-    nn.Embedding: QuantizedEmbedding,
-}
+from recipes import calibrate, sensitivity
+from recipes.faults import collected
+from recipes.quantized_layers import (
+    REPLACEMENTS,
+    SkipConv2d,
+    Static,
+    quantized,
+    weight_snr_db,
+)
+from recipes.schema import Recipe
+from recipes.settings import Activations, QuantizeSettings
 
 
 def component_modules(pipeline: Any, component: str) -> list[tuple[str, nn.Module]]:
@@ -250,20 +63,23 @@ def quantizable_layers(pipeline: Any, components: Sequence[str]) -> dict[str, nn
     }
 
 
-def check(pipeline: Any, settings: QuantizeSettings) -> None:
-    """Refuse, before any work, a rule whose pattern matches no layer (all such rules told)."""
+def check(pipeline: Any, settings: QuantizeSettings, recipe: Recipe | None = None) -> None:
+    """Refuse, before any work, a rule that matches no layer, and prompts that cannot be used.
+
+    recipe: None only where the settings ask for no calibration. UserError tells all faults.
+    """
     faults = []
-    if "int8_static" in settings.every_activations:
-        faults.append(
-            "activations: int8_static needs scales from a calibration, which no stage makes yet; "
-            "use none, or for ExecuTorch int8_dynamic"
-        )
     layers = list(quantizable_layers(pipeline, settings.components))
     faults += [
         _no_match(rule.layers, layers, settings.components)
         for rule in settings.rules
         if not fnmatch.filter(layers, rule.layers)
     ]
+    if "int8_static" in settings.every_activations:
+        if recipe is None:
+            raise ValueError("static activations are calibrated on a recipe's schedule")
+        with collected(faults):
+            calibrate.check(recipe, settings.calibration)
     if faults:
         raise UserError("; ".join(faults))
 
@@ -283,9 +99,14 @@ def _no_match(pattern: str, layers: list[str], components: Sequence[str]) -> str
     )
 
 
-def make_plan(pipeline: Any, settings: QuantizeSettings) -> list[LayerPlan]:
-    """What happens to each layer, and why; of several rules that match, the last one wins."""
-    check(pipeline, settings)
+def make_plan(
+    pipeline: Any, settings: QuantizeSettings, recipe: Recipe | None = None
+) -> list[LayerPlan]:
+    """What happens to each layer, and why; of several rules that match, the last one wins.
+
+    A calibration, when it has run, adds its scales, and keeps layers that are too sensitive.
+    """
+    check(pipeline, settings, recipe)
     sizes: dict[str, int] = {
         component: sum(
             parameter.numel()
@@ -325,19 +146,30 @@ def make_plan(pipeline: Any, settings: QuantizeSettings) -> list[LayerPlan]:
     return plans
 
 
-def quantize(pipeline: Any, settings: QuantizeSettings) -> tuple[Any, list[LayerPlan]]:
+def quantize(
+    pipeline: Any, settings: QuantizeSettings, recipe: Recipe | None = None
+) -> tuple[Any, list[LayerPlan]]:
     """Replace the layers that the settings name, in place; see `run` for the figures."""
-    pipeline, plans, _ = run(pipeline, settings)
+    pipeline, plans, _ = run(pipeline, settings, recipe)
     return pipeline, plans
 
 
-def run(pipeline: Any, settings: QuantizeSettings) -> tuple[Any, list[LayerPlan], dict[str, Any]]:
+def run(
+    pipeline: Any, settings: QuantizeSettings, recipe: Recipe | None = None
+) -> tuple[Any, list[LayerPlan], dict[str, Any]]:
     """Replace the layers that the settings name, one by one, so that each float weight is freed.
 
-    pipeline: a StableDiffusionPipeline, changed in place. Returns it, the plan, and a record of
-    what was done (JSON). Raises UserError where a rule matches nothing or a weight is not finite.
+    pipeline: a StableDiffusionPipeline, changed in place. recipe: what static activations are
+    calibrated for; needed for these alone. Returns the pipeline, the plan, and a record of what was
+    done (JSON). Raises UserError where a rule matches nothing, a weight is not finite, or a
+    calibration makes no scale.
     """
-    plans = make_plan(pipeline, settings)
+    plans = make_plan(pipeline, settings, recipe)
+    _check_finite(pipeline, plans, settings.components)
+    static: dict[str, Static] = {}
+    calibrated: dict[str, Any] = {}
+    if recipe is not None and any(plan.activations == "int8_static" for plan in plans):
+        plans, static, calibrated = _calibrated(pipeline, plans, settings, recipe)
     layers = quantizable_layers(pipeline, settings.components)
     parents = dict(_parents(pipeline, settings.components))
     counts: dict[str, int] = {}
@@ -350,20 +182,16 @@ def run(pipeline: Any, settings: QuantizeSettings) -> tuple[Any, list[LayerPlan]
             kept += 1
             bytes_after += module.weight.numel() * 4
             continue
-        integers, scale = quantize_weight(module.weight)
-        if not bool(torch.isfinite(scale).all()):
-            raise UserError(
-                f"the weight of {plan.layer} holds NaN or Inf; the source's files are damaged"
-            )
+        replacement = quantized(module, plan.activations, static.get(plan.layer))
+        integers, scale = replacement.weight_int8, replacement.weight_scale
         figure = weight_snr_db(module.weight, integers, scale)
         if figure is not None:
             snr_db[plan.layer] = figure
         counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
         parameters += integers.numel()
         bytes_after += integers.numel() + 4 * scale.numel()
-        replacement = REPLACEMENTS[type(module)](module, integers, scale, plan.activations)
         parent, name = parents[plan.layer]
-        setattr(parent, name, replacement.eval())
+        setattr(parent, name, replacement)
         module.weight = None
     worst = min(snr_db, key=lambda layer: snr_db[layer]) if snr_db else None
     record = {
@@ -376,8 +204,131 @@ def run(pipeline: Any, settings: QuantizeSettings) -> tuple[Any, list[LayerPlan]
         "weight_snr_db_min": round(snr_db[worst], 2) if worst else None,
         "weight_snr_db_min_layer": worst,
         "weight_snr_db_median": round(statistics.median(snr_db.values()), 2) if worst else None,
+        **calibrated,
     }
     return pipeline, plans, record
+
+
+def _check_finite(pipeline: Any, plans: Sequence[LayerPlan], components: Sequence[str]) -> None:
+    layers = quantizable_layers(pipeline, components)
+    for plan in plans:
+        module: Any = layers[plan.layer]
+        if plan.weights != "int8":
+            continue
+        if not bool(torch.stack(module.weight.aminmax()).isfinite().all()):
+            raise UserError(
+                f"the weight of {plan.layer} holds NaN or Inf; the source's files are damaged"
+            )
+
+
+def _calibrated(
+    pipeline: Any, plans: list[LayerPlan], settings: QuantizeSettings, recipe: Recipe
+) -> tuple[list[LayerPlan], dict[str, Static], dict[str, Any]]:
+    """The plan with scales, and without the layers that a budget keeps; the scales; a record."""
+    if settings.split_skips:
+        plans = _split_skips(pipeline, plans, settings.components)
+    parents = dict(_parents(pipeline, settings.components))
+    modules: dict[str, list[nn.Module]] = {
+        name: [module for _, module in component_modules(pipeline, name)]
+        for name in settings.components
+    }
+    products = {
+        path: module
+        for path, module in quantizable_layers(pipeline, settings.components).items()
+        if not isinstance(module, nn.Embedding)
+    }
+    static = [plan.layer for plan in plans if plan.activations == "int8_static"]
+    found = calibrate.calibrate(
+        pipeline,
+        products,
+        static,
+        {name: parts[0] for name, parts in modules.items()},
+        recipe,
+        settings.calibration,
+        settings.keep.samples if settings.keep else 0,
+    )
+    snr_db: dict[str, float] = {}
+    if settings.keep:
+        snr_db = sensitivity.sensitivities(
+            modules,
+            {path: products[path] for path in static},
+            found,
+            lambda path, module: setattr(*parents[path], module),
+        )
+        plans = sensitivity.kept(plans, snr_db, found.macs, settings.keep)
+    plans = [_with_scales(plan, found.static) for plan in plans]
+    scales = {
+        plan.layer: found.static[plan.layer] for plan in plans if plan.activations == "int8_static"
+    }
+    record = {
+        "calibration": {
+            "pictures": settings.calibration.samples,
+            "steps": list(recipe.schedule.every_steps),
+            "observer": settings.calibration.observer,
+        },
+        "int8_macs": {
+            name: round(sensitivity.share(found.macs, name, scales), 4) for name in modules
+        },
+        "layers_int8_static": len(scales),
+        "layers_kept_by_sensitivity": len(static) - len(scales),
+        "sensitivity_db_min": min(snr_db.values(), default=None),
+    }
+    return plans, scales, record
+
+
+def _with_scales(plan: LayerPlan, static: dict[str, Static]) -> LayerPlan:
+    if plan.activations != "int8_static":
+        return plan
+    scales = static[plan.layer]
+    return plan.model_copy(
+        update={
+            "activation_scale": scales.input.scale,
+            "activation_zero_point": scales.input.zero_point,
+            "output_scale": scales.output.scale,
+            "output_zero_point": scales.output.zero_point,
+        }
+    )
+
+
+def skip_channels(unet: Any) -> dict[str, int]:
+    """For each convolution that reads a skip concat as it is, the channels of its first half.
+
+    These are the shortcuts of the resnets in the up blocks; their first convolutions read the
+    concat after a norm, which evens the halves out.
+    """
+    channels = unet.config.block_out_channels[-1]
+    found = {}
+    for i, block in enumerate(unet.up_blocks):
+        for j, resnet in enumerate(block.resnets):
+            if type(resnet.conv_shortcut) is nn.Conv2d and channels < resnet.in_channels:
+                found[f"unet.up_blocks.{i}.resnets.{j}.conv_shortcut"] = channels
+            channels = resnet.out_channels
+    return found
+
+
+def _split_skips(
+    pipeline: Any, plans: Sequence[LayerPlan], components: Sequence[str]
+) -> list[LayerPlan]:
+    """Make one convolution of each half of a skip concat, in the pipeline and in the plan."""
+    parents = dict(_parents(pipeline, components))
+    channels = skip_channels(pipeline.unet)
+    split = []
+    for plan in plans:
+        if plan.layer not in channels or plan.activations != "int8_static":
+            split.append(plan)
+            continue
+        parent, name = parents[plan.layer]
+        setattr(parent, name, SkipConv2d(getattr(parent, name), channels[plan.layer]))
+        split += [
+            plan.model_copy(
+                update={
+                    "layer": f"{plan.layer}.{half}",
+                    "reason": f"{plan.reason}; {half} half of a skip concat",
+                }
+            )
+            for half in ("hidden", "skip")
+        ]
+    return split
 
 
 def _parents(
@@ -390,28 +341,3 @@ def _parents(
             for name, parent in root.named_modules():
                 for child, _ in parent.named_children():
                     yield ".".join(p for p in (path, name, child) if p), (parent, child)
-
-
-def weight_snr_db(weight: Tensor, integers: Tensor, scale: Tensor) -> float | None:
-    """Signal to rounding noise of a quantized weight; None where nothing was lost (or all zero)."""
-    signal = noise = 0.0
-    # In blocks, so that a large layer needs no second float copy.
-    for rows, whole, step in zip(
-        weight.split(256), integers.split(256), scale.split(256), strict=True
-    ):
-        rows = rows.detach().float()
-        error = rows - whole * step.view(-1, *[1] * (rows.dim() - 1))
-        signal += float(torch.linalg.vector_norm(rows)) ** 2
-        noise += float(torch.linalg.vector_norm(error)) ** 2
-    if signal == 0 or noise == 0:
-        return None
-    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
-
-
-def dequantized(module: nn.Module) -> nn.Module:
-    """A copy of a module tree in which every quantized layer is an ordinary float one again."""
-    memo: dict[int, Any] = {
-        id(part): part.to_float() for part in module.modules() if isinstance(part, QuantizedModule)
-    }
-    # deepcopy takes what the memo already holds in place of the original.
-    return copy.deepcopy(module, memo)

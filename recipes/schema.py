@@ -10,9 +10,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     field_validator,
@@ -22,26 +20,26 @@ from pydantic import (
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import ComponentName
 from recipes.faults import RecipeError, did_you_mean, validate
+from recipes.settings import (
+    NEEDED_COMPONENTS,
+    AdaptersSettings,
+    DecoderSettings,
+    DistillSettings,
+    FoldSettings,
+    PruneSettings,
+    QuantizeSettings,
+    Strict,
+)
 from recipes.strict_yaml import parse_yaml
 
 FOLDER = Path(__file__).parent
 RANDOM_ARCHITECTURES = ("sd_turbo", "sd21", "sd15")
 MAX_RECIPE_BYTES = 1_000_000
-# Without these there is no picture, and no golden run of the pipeline.
-NEEDED_COMPONENTS: tuple[ComponentName, ...] = ("text_encoder", "unet", "vae_decoder")
-
-Activations = Literal["none", "int8_dynamic", "int8_static"]
 SchedulerName = Literal[
     "ddim", "euler", "euler_ancestral", "lcm", "dpm_solver_pp_2m", "ddpm", "source"
 ]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Side = Annotated[int, Field(ge=8, le=8192)]
-
-
-class Strict(BaseModel):
-    """A part of a recipe: unknown keys and values of another type are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Source(Strict):
@@ -95,63 +93,14 @@ class Schedule(Strict):
         return []
 
 
-class Rule(Strict):
-    """What happens to the layers that match; of several rules that match, the last one wins."""
-
-    layers: str = Field(min_length=1, description="glob on module paths, e.g. unet.conv_in")
-    weights: Literal["int8", "float32"]
-    activations: Activations | None = Field(default=None, description="None: as the stage says")
-    reason: str = Field(min_length=1)
-
-    def faults(self) -> list[str]:
-        """What does not fit together, one sentence each."""
-        if self.weights == "float32" and self.activations not in (None, "none"):
-            return [
-                f"activations: {self.activations} needs weights int8; no target multiplies "
-                "integer activations by float weights"
-            ]
-        return []
-
-
-class QuantizeSettings(Strict):
-    """INT8 weights, symmetric per output channel."""
-
-    weights: Literal["int8"] = "int8"
-    activations: Activations = "none"
-    components: tuple[ComponentName, ...] = Field(
-        default=NEEDED_COMPONENTS, strict=False, min_length=1
-    )
-    embedding_min_saving: float = Field(
-        default=0.01,
-        ge=0,
-        le=1,
-        description="an embedding is quantized if that saves this share of its component's bytes",
-    )
-    rules: tuple[Rule, ...] = Field(default=(), strict=False)
-
-    @property
-    def every_activations(self) -> set[str]:
-        """What the stage and its rules ask for."""
-        return {self.activations, *(rule.activations for rule in self.rules if rule.activations)}
-
-    def faults(self) -> list[str]:
-        """What does not fit together, one sentence each."""
-        found = []
-        for index, rule in enumerate(self.rules):
-            found += [f"rules.{index}.{fault}" for fault in rule.faults()]
-            head = rule.layers.split(".")[0]
-            if not set(head) & set("*?[") and head not in self.components:
-                found.append(
-                    f"rules.{index}.layers: {rule.layers!r} begins with {head!r}, which is none of "
-                    f"the stage's components ({', '.join(self.components)})"
-                    + did_you_mean(head, list(self.components))
-                )
-        return found
-
-
 class Stage(Strict):
     """One stage: a mapping with one key, the stage's name (see the table in stages.py)."""
 
+    adapters: AdaptersSettings | None = None
+    prune: PruneSettings | None = None
+    distill: DistillSettings | None = None
+    decoder: DecoderSettings | None = None
+    fold: FoldSettings | None = None
     quantize: QuantizeSettings | None = None
 
     @model_validator(mode="after")
@@ -213,6 +162,59 @@ class Targets(Strict):
     executorch: ExecuTorchOptions = ExecuTorchOptions()
 
 
+# What these make of a pipeline computes what it computed; no other stage may change it afterwards.
+PRESERVING = ("fold", "quantize")
+REPEATABLE = ("prune", "distill")
+
+
+def _order_faults(stages: tuple[Stage, ...]) -> list[str]:
+    """What is wrong with the order of stages, one sentence each."""
+    names = [stage.name for stage in stages]
+    found = [
+        f"{name} is listed twice; merge its settings"
+        for name in sorted({name for name in names if names.count(name) > 1})
+        if name not in REPEATABLE
+    ]
+    preserving = [name for name in names if name in PRESERVING]
+    for index, name in enumerate(names):
+        before = [earlier for earlier in names[:index] if earlier in PRESERVING]
+        if name not in PRESERVING and before:
+            found.append(
+                f"{name} changes weights, so it cannot follow {before[0]}; list it before that"
+            )
+    if "adapters" in names[1:]:
+        found.append("adapters comes first: a LoRA fits the weights that it was trained for")
+    if preserving == ["quantize", "fold"]:
+        found.append("fold cannot follow quantize, whose integers it would undo; list it before")
+    return found
+
+
+def _few_step_faults(stages: tuple[Stage, ...], schedule: Schedule) -> list[str]:
+    """Where the schedule is not what the last distillation trained for."""
+    trained = [stage.distill for stage in stages if stage.distill]
+    if not trained:
+        return []
+    steps = trained[-1].steps
+    found = []
+    if schedule.every_steps != (steps,):
+        asked = ", ".join(map(str, schedule.every_steps))
+        found.append(
+            f"schedule.steps: {asked}, and the distill stage trains for {steps}; give both the "
+            "same number, and no other_steps"
+        )
+    if schedule.guidance_scale > 1:
+        found.append(
+            f"schedule.guidance_scale: {schedule.guidance_scale}, but distillation folds guidance "
+            "in; set it to 0"
+        )
+    if schedule.scheduler != "source":
+        found.append(
+            f"schedule.scheduler: {schedule.scheduler}, but a distilled pipeline brings the "
+            "scheduler that it was trained for; set it to source"
+        )
+    return found
+
+
 def _pair(value: Any) -> Any:
     sides = value if isinstance(value, list | tuple) else (value, value)
     if len(sides) != 2 or not all(type(side) is int for side in sides):
@@ -261,9 +263,8 @@ class Recipe(Strict):
         if missing:
             needed = f"{', '.join(NEEDED_COMPONENTS[:-1])} and {NEEDED_COMPONENTS[-1]}"
             faults.append(f"components: needs {needed}; missing: {', '.join(missing)}")
-        names = [stage.name for stage in self.stages]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            faults.append(f"stages: {name} is listed twice; merge its settings")
+        faults += [f"stages: {fault}" for fault in _order_faults(self.stages)]
+        faults += _few_step_faults(self.stages, self.schedule)
         for index, stage in enumerate(self.stages):
             key = f"stages.{index}.{stage.name}"
             faults += [f"{key}.{fault}" for fault in stage.settings.faults()]

@@ -1,100 +1,195 @@
 """The table of stages, and `apply`: torch in, torch out, in the recipe's order.
 
-A stage is a row here and a settings type in schema.py. Its result is an ordinary pipeline that
-`save` writes as a diffusers folder, the quantization plan beside it.
+A stage is a row here, a settings type in settings.py, and the module of its name. Its result is an
+ordinary pipeline that `save` writes as a diffusers folder, the quantization plan beside it.
 """
 
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mobile_runtime.bundle import open_to_others
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
-from recipes import quantize
-from recipes.schema import Recipe, Stage
+from recipes import adapters, component_folder, decoder, distill, fold, prune, quantize
+from recipes.measure import measure, outline, with_modules
+from recipes.quantized_layers import dequantized
+from recipes.schema import PRESERVING, Recipe, Stage
+from recipes.work import Done, Outcome, Work
 
 PLAN = "quantization_plan.json"
 
 
+def _nothing_to_check(pipeline: Any, settings: Any, recipe: Recipe) -> None:
+    """For a stage that takes every pipeline."""
+
+
+def _same_shape(pipeline: Any, settings: Any, recipe: Recipe) -> Any:
+    """For a stage that changes no shape."""
+    return pipeline
+
+
 @dataclass(frozen=True)
 class StageFunctions:
-    """What a stage does. `check` and `plan` are cheap, and work on the meta device; `run` may
-    work for hours.
+    """What a stage does. `check` and `reshape` are cheap, and work on the meta device.
 
-    check(pipeline, settings) raises UserError. plan(pipeline, settings) tells what `run` would
-    decide for each layer. run(pipeline, settings) returns the pipeline (it may change it in place),
-    the plans of its layers, and its record (JSON).
+    check(pipeline, settings, recipe) raises UserError. reshape(pipeline, settings, recipe) gives
+    the pipeline with the shapes and the scheduler that `run` would leave. run(pipeline, settings,
+    work) may work for hours, and leaves the modules that it was given as they were unless the stage
+    is the quantization.
+    trained: the components that a stage trains; its result is kept (work.py), and found again.
     """
 
-    check: Callable[[Any, Any], None]
-    plan: Callable[[Any, Any], list[LayerPlan]]
-    run: Callable[[Any, Any], tuple[Any, list[LayerPlan], dict[str, Any]]]
+    run: Callable[[Any, Any, Work], Outcome]
+    check: Callable[[Any, Any, Recipe], None] = _nothing_to_check
+    reshape: Callable[[Any, Any, Recipe], Any] = _same_shape
+    trained: tuple[str, ...] = ()
 
 
 STAGES: dict[str, StageFunctions] = {
-    "quantize": StageFunctions(check=quantize.check, plan=quantize.make_plan, run=quantize.run),
+    "adapters": StageFunctions(check=adapters.check, run=adapters.run),
+    "prune": StageFunctions(check=prune.check, reshape=prune.reshape, run=prune.run),
+    "distill": StageFunctions(
+        check=distill.check,
+        reshape=distill.reshape,
+        run=distill.run,
+        trained=("unet", "scheduler"),
+    ),
+    "decoder": StageFunctions(
+        check=decoder.check, reshape=decoder.reshape, run=decoder.run, trained=("vae",)
+    ),
+    "fold": StageFunctions(check=fold.check, reshape=fold.reshape, run=fold.run),
+    "quantize": StageFunctions(
+        check=quantize.check,
+        run=lambda pipeline, settings, work: Outcome(
+            *quantize.run(pipeline, settings, work.recipe)
+        ),
+    ),
 }
 
 
-def check(pipeline: Any, recipe: Recipe) -> None:
-    """Check every stage against the pipeline before any of them works; UserError tells all."""
+def check(pipeline: Any, recipe: Recipe) -> Any:
+    """Check every stage before any of them works, each on what those before it would leave.
+
+    Returns that pipeline, on the meta device, after all stages. UserError tells all faults, up to
+    the first stage that would change shapes and cannot.
+    """
+    pipeline = outline(pipeline)
     faults = []
     for index, stage in enumerate(recipe.stages):
+        functions = STAGES[stage.name]
         try:
-            STAGES[stage.name].check(pipeline, stage.settings)
+            functions.check(pipeline, stage.settings, recipe)
+            pipeline = functions.reshape(pipeline, stage.settings, recipe)
         except UserError as error:
             faults.append(f"stages.{index}.{stage.name}: {error}")
+            if functions.reshape is not _same_shape:
+                break
     if faults:
         raise UserError("; ".join(faults))
+    return pipeline
 
 
-def plan(pipeline: Any, stage: Stage) -> list[LayerPlan]:
-    """What a stage would decide for each layer, without doing it."""
-    return STAGES[stage.name].plan(pipeline, stage.settings)
+def plan(pipeline: Any, recipe: Recipe) -> list[LayerPlan]:
+    """What the quantization would decide for each layer of the pipeline that `check` returns."""
+    return [
+        entry
+        for stage in recipe.stages
+        if stage.quantize
+        for entry in quantize.make_plan(pipeline, stage.quantize, recipe)
+    ]
+
+
+def changing(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages whose result computes something else, and has to be judged by its quality."""
+    return tuple(stage for stage in recipe.stages if stage.name not in PRESERVING)
+
+
+def preserving(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages whose result should compute the same; they come last."""
+    return tuple(stage for stage in recipe.stages if stage.name in PRESERVING)
+
+
+@dataclass
+class Applied:
+    """A pipeline after stages: the records of each, and the quantization plan."""
+
+    pipeline: Any
+    records: list[dict[str, Any]] = field(default_factory=list)
+    plans: list[LayerPlan] = field(default_factory=list)
 
 
 def apply(
-    pipeline: Any, recipe: Recipe, progress: Callable[[str], None] | None = None
-) -> tuple[Any, list[dict[str, Any]], list[LayerPlan]]:
-    """Run the recipe's stages in order, on a pipeline that may be changed in place.
+    pipeline: Any,
+    recipe: Recipe,
+    chosen: Sequence[Stage] | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+    cache: Path | None = None,
+    seen: Callable[[Applied], None] = lambda applied: None,
+) -> Applied:
+    """Run stages in order, on a pipeline that may be changed in place.
 
-    progress: called with each stage's name before it runs. Returns the pipeline, one record a
-    stage, and the quantization plan (empty without a quantize stage).
+    chosen: some of the recipe's stages, in its order, where those before them have run; all of
+    them by default. progress: called with each stage's name before it runs. cache: where trained
+    results are kept, and found again (work.py has the default). seen: called after each stage with
+    what there is so far; later stages may change its pipeline. Raises UserError before any stage
+    works.
     """
-    check(pipeline, recipe)
-    records: list[dict[str, Any]] = []
-    plans: list[LayerPlan] = []
-    for stage in recipe.stages:
-        if progress:
-            progress(stage.name)
-        pipeline, stage_plans, record = STAGES[stage.name].run(pipeline, stage.settings)
-        plans += stage_plans
-        records.append(record)
-    return pipeline, records, plans
+    chosen = recipe.stages if chosen is None else chosen
+    check(pipeline, recipe.model_copy(update={"stages": tuple(chosen)}))
+    applied = Applied(pipeline)
+    keeps = any(STAGES[stage.name].trained for stage in chosen)
+    done = Done.before(pipeline, recipe, cache, keeps)
+    teacher = pipeline.unet
+    before = _measure(pipeline, recipe)
+    for stage in chosen:
+        progress(stage.name)
+        functions = STAGES[stage.name]
+        with done.work(stage, functions.trained, teacher) as work:
+            outcome = work.found(applied.pipeline) or work.keep(
+                functions.run(applied.pipeline, stage.settings, work)
+            )
+        applied.pipeline = outcome.pipeline
+        applied.plans += outcome.plans
+        after = _measure(outcome.pipeline, recipe)
+        record = {"stage": stage.name, **outcome.record, "before": before, "after": after}
+        if work.kept is not None:
+            record["result"] = work.kept.name
+        applied.records.append(record)
+        before = after
+        if stage.distill:
+            teacher = outcome.pipeline.unet
+        seen(applied)
+    return applied
+
+
+def _measure(pipeline: Any, recipe: Recipe) -> dict[str, dict[str, int]]:
+    return measure(pipeline, recipe.height, recipe.width, recipe.guided)
 
 
 def save(pipeline: Any, plans: Sequence[LayerPlan], folder: Path) -> None:
     """Write the pipeline as an ordinary diffusers folder, with `quantization_plan.json` in it.
 
-    Quantized layers are saved as the float32 weights that their integers stand for, so that
-    `DiffusionPipeline.from_pretrained` opens the folder. The folder appears whole or not at all.
+    Quantized layers are saved as the float32 weights that their integers stand for, and a folded
+    UNet with its time path, so that `DiffusionPipeline.from_pretrained` opens the folder. The
+    folder appears whole or not at all.
     """
     if folder.exists():
         raise UserError(f"{folder} already exists; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    pipeline = with_modules(pipeline, {"unet": fold.unfolded(pipeline.unet)})
     partial = Path(
         tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent)
     )
     try:
         for name in ("text_encoder", "unet", "vae"):
             # One component at a time, so that only one float copy is in memory.
-            component: Any = quantize.dequantized(getattr(pipeline, name))
-            component.save_pretrained(partial / name, safe_serialization=True)
+            component: Any = dequantized(getattr(pipeline, name))
+            component_folder.save(component, partial / name)
         pipeline.tokenizer.save_pretrained(partial / "tokenizer")
         pipeline.scheduler.save_pretrained(partial / "scheduler")
         pipeline.save_config(partial)

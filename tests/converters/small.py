@@ -1,9 +1,12 @@
 """A pipeline that exports quickly, for the tests of the lowerings."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from converters import components
 from converters.components import Component
+from recipes import quantize, schema
 from tests.conftest import make_tiny_pipeline
 
 NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -40,6 +43,43 @@ def make_small_pipeline() -> Any:
     return pipeline
 
 
+def make_small_tiny_pipeline() -> Any:
+    """The small pipeline with a tiny decoder (AutoencoderTiny) in place of its own."""
+    from diffusers import AutoencoderTiny
+
+    pipeline = make_small_pipeline()
+    vae: Any = AutoencoderTiny(
+        encoder_block_out_channels=(1, 1),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(0, 0),
+        num_decoder_blocks=(2, 1),
+    )
+    pipeline.vae = vae.eval().requires_grad_(False)
+    return pipeline
+
+
 def build(pipeline: Any, name: str, batch: int = 2) -> Component:
     """A component of the small pipeline."""
     return components.build(pipeline, name, height=16, width=16, batch=batch)
+
+
+def make_static_pipeline() -> Any:
+    """The small pipeline with INT8 weights and static activations, calibrated on two pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder, "prompts.txt")
+        prompts.write_text("a red tent\na hat\n")
+        settings = {
+            "activations": "int8_static",
+            "calibration": {"prompts": str(prompts), "samples": 2, "observer": "minmax"},
+        }
+        recipe = schema.parse(
+            {
+                "name": "static",
+                "source": {"model": "embedded"},
+                "resolution": 16,
+                "schedule": {"steps": 2, "guidance_scale": 3.0},
+                "stages": [{"quantize": settings}],
+            }
+        )
+        pipeline, _ = quantize.quantize(make_small_pipeline(), recipe.stages[0].settings, recipe)
+    return pipeline

@@ -7,6 +7,7 @@ import torch
 
 from converters import components
 from mobile_runtime.errors import UserError
+from recipes import measure
 
 NAMES = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 
@@ -94,7 +95,7 @@ def test_example_inputs_depend_on_the_seed_alone(tiny_pipeline: Any) -> None:
 
 def test_a_shared_structure_can_change_without_its_original(tiny_pipeline: Any) -> None:
     component = build(tiny_pipeline, "vae_decoder")
-    copy = components.share_structure(component.module)
+    copy = measure.share_structure(component.module)
     copy.vae_decoder.decoder.conv_in = torch.nn.Identity()
     assert isinstance(component.module.vae_decoder.decoder.conv_in, torch.nn.Conv2d)
     original = component.module.vae_decoder.decoder.conv_out.weight

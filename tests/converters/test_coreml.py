@@ -17,12 +17,21 @@ from converters import coreml as converter
 from converters.components import Component
 from converters.coreml import CoreMLOptions, safe_group_norm
 from converters.lowered import Lowered
+from converters.support import scheme_for
 from mobile_runtime.backends.mil import Program
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import TensorSpec
-from recipes.quantize import QuantizedModule, quantize
-from recipes.schema import QuantizeSettings
-from tests.converters.small import NAMES, build, make_small_pipeline
+from recipes import schema
+from recipes.quantize import quantize
+from recipes.quantized_layers import QuantizedModule
+from recipes.settings import QuantizeSettings
+from tests.converters.small import (
+    NAMES,
+    build,
+    make_small_pipeline,
+    make_small_tiny_pipeline,
+    make_static_pipeline,
+)
 
 EXACT_DB = 100.0
 FLOAT16_DB = 45.0
@@ -79,6 +88,12 @@ def test_a_float_package_computes_what_the_module_computes(tmp_path: Path, name:
     component = build(make_small_pipeline(), name)
     lowered = lower(component, tmp_path)
     assert lowered.details["int8_weights"] == 0
+    assert snr_db(component, lowered.path, "float16") >= FLOAT16_DB
+
+
+def test_a_tiny_decoder_computes_what_the_module_computes(tmp_path: Path) -> None:
+    component = build(make_small_tiny_pipeline(), "vae_decoder")
+    lowered = lower(component, tmp_path)
     assert snr_db(component, lowered.path, "float16") >= FLOAT16_DB
 
 
@@ -336,3 +351,40 @@ def test_progress_is_told_and_the_screen_stays_clean(
     assert phases[-2:] == ["save the package", "read the package back"]
     assert "Running MIL default pipeline" in phases
     assert capfd.readouterr() == ("", "")
+
+
+def test_each_layer_with_static_activations_equals_torch_on_the_same_input() -> None:
+    component = build(make_static_pipeline(), "vae_decoder")
+    inputs = {name: tensor.numpy() for name, tensor in component.example_inputs().items()}
+    options = CoreMLOptions(compute_precision="float32")
+    figures = converter.layer_check(component, inputs, options)
+    assert len(figures) == 21
+    assert min(figures.values()) > EXACT_DB
+
+
+def test_static_activations_become_quantize_operations_with_the_scales_of_the_plan(
+    tmp_path: Path,
+) -> None:
+    component = build(make_static_pipeline(), "text_encoder")
+    lowered = lower(component, tmp_path)
+    kinds = lowered.details["op_kinds"]
+    layers = [
+        layer
+        for layer in component.module.modules()
+        if isinstance(layer, QuantizedModule) and layer.static is not None
+    ]
+    assert kinds["constexpr_affine_dequantize"] >= len(layers) == 12
+    # Queries, keys and values read the same tensor.
+    assert kinds["quantize"] == kinds["dequantize"] == 2 * len(layers) - 2 * 2
+
+
+def test_ios16_refuses_static_activations() -> None:
+    recipe = schema.load(
+        "pocket_int8",
+        {
+            "stages.quantize.activations": "int8_static",
+            "targets.coreml.deployment_target": "iOS16",
+        },
+    )
+    with pytest.raises(UserError, match=r"iOS16.*choose iOS17"):
+        converter.prepare(recipe, scheme_for("coreml", recipe))

@@ -1,6 +1,7 @@
 """ONNX: the same function, the same integers, and a folder that Optimum opens."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,17 @@ from converters.lowered import Lowered
 from converters.onnx import OnnxOptions
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import TensorSpec
-from recipes.quantize import QuantizedModule, quantize
+from recipes.quantize import quantize
+from recipes.quantized_layers import QuantizedModule
 from recipes.schema import OnnxOptions as OnnxSettings
-from recipes.schema import QuantizeSettings
-from tests.converters.small import NAMES, build, make_small_pipeline
+from recipes.settings import QuantizeSettings
+from tests.converters.small import (
+    NAMES,
+    build,
+    make_small_pipeline,
+    make_small_tiny_pipeline,
+    make_static_pipeline,
+)
 
 EXACT_DB = 100.0
 FLOAT16_DB = 45.0
@@ -310,9 +318,58 @@ def test_optimum_draws_the_picture_that_diffusers_draws(
     for key, value in converter.EXACT_SESSION.items():
         options.add_session_config_entry(key, value)
     opened = ORTDiffusionPipeline.from_pretrained(folder, session_options=options)
+    assert_same_picture(opened, torch_pipeline, guidance_scale)
+
+
+def assert_same_picture(opened: Any, torch_pipeline: Any, guidance_scale: float) -> None:
     for pipeline in (opened, torch_pipeline):
         pipeline.set_progress_bar_config(disable=True)
     drawn, expected = picture(opened, guidance_scale), picture(torch_pipeline, guidance_scale)
     assert drawn.shape == (16, 16, 3)
     assert expected.std() > 0.01
     np.testing.assert_allclose(drawn, expected, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_optimum_draws_with_a_tiny_decoder(float_folder: Path, tmp_path: Path) -> None:
+    from optimum.onnxruntime import ORTDiffusionPipeline
+
+    folder = Path(shutil.copytree(float_folder, tmp_path / "tiny"))
+    shutil.rmtree(folder / "vae_decoder")
+    pipeline = make_small_tiny_pipeline()
+    converter.write_optimum_files(pipeline, folder, NAMES[:3], resolution=(16, 16))
+    component = build(pipeline, "vae_decoder")
+    lower(component, folder)
+    assert snr_db(component, folder / "vae_decoder" / "model.onnx") >= EXACT_DB
+    assert_same_picture(ORTDiffusionPipeline.from_pretrained(folder), pipeline, 0.0)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])
+def test_every_layer_with_static_activations_runs_in_an_integer_kernel(
+    name: str, tmp_path: Path
+) -> None:
+    component = build(make_static_pipeline(), name)
+    path = lower(component, tmp_path).path
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    for key, value in converter.EXACT_SESSION.items():
+        options.add_session_config_entry(key, value)
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    layers = [
+        layer
+        for layer in component.module.modules()
+        if isinstance(layer, QuantizedModule) and layer.static is not None
+    ]
+    convolutions = sum(layer.weight_int8.dim() == 4 for layer in layers)
+    assert kinds.count("QLinearConv") == convolutions
+    assert kinds.count("QGemm") + kinds.count("QLinearMatMul") == len(layers) - convolutions > 0
+
+
+def test_each_layer_with_static_activations_equals_torch_on_the_same_input() -> None:
+    component = build(make_static_pipeline(), "vae_decoder")
+    inputs = {name: tensor.numpy() for name, tensor in component.example_inputs().items()}
+    figures = converter.layer_check(component, inputs)
+    assert len(figures) == 21
+    assert min(figures.values()) > 60

@@ -13,9 +13,9 @@ from torch import nn
 from converters import attention, layers, rewrites
 from converters.components import Component
 from mobile_runtime.errors import UserError
-from recipes import quantize
-from recipes.schema import QuantizeSettings
-from tests.converters.small import NAMES, build, make_small_pipeline
+from recipes import quantize, quantized_layers
+from recipes.settings import QuantizeSettings
+from tests.converters.small import NAMES, build, make_small_pipeline, make_small_tiny_pipeline
 
 FLOAT32_DB = 100.0
 
@@ -55,6 +55,14 @@ def test_every_rewrite_alone_and_all_together_keep_the_function(
         assert snr_db(expected, rewritten(*inputs)) > FLOAT32_DB, names
 
 
+def test_a_tiny_decoder_keeps_its_function() -> None:
+    component = build(make_small_tiny_pipeline(), "vae_decoder")
+    (latents,) = component.example_inputs().values()
+    rewritten = rewrites.apply(component.module, list(rewrites.REWRITES))
+    assert snr_db(component.module(latents), rewritten(latents)) > FLOAT32_DB
+    assert not any(isinstance(module, nn.Upsample) for module in rewritten.modules())
+
+
 def test_the_original_stays_as_it_was(float_components: dict[str, Component]) -> None:
     component = float_components["unet"]
     before = [(path, type(module)) for path, module in component.module.named_modules()]
@@ -69,10 +77,10 @@ def test_an_unknown_rewrite_lists_the_choices() -> None:
         rewrites.apply(nn.Linear(1, 1), ["winograd"])
 
 
-def int8_linear(columns: int, rows: int) -> quantize.QuantizedLinear:
+def int8_linear(columns: int, rows: int) -> quantized_layers.QuantizedLinear:
     linear = nn.Linear(columns, rows)
-    integers, scale = quantize.quantize_weight(linear.weight)
-    return quantize.QuantizedLinear(linear, integers, scale, "none")
+    integers, scale = quantized_layers.quantize_weight(linear.weight)
+    return quantized_layers.QuantizedLinear(linear, integers, scale, "none")
 
 
 def test_scaling_and_slicing_an_int8_linear_keep_its_integers() -> None:

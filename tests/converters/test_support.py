@@ -72,3 +72,21 @@ def test_a_recipe_may_replace_a_gate_or_switch_it_off():
     assert told.picture_psnr_db is None
     assert told.source_picture_psnr_db == 25
     assert told.component_snr_db == 60
+
+
+def test_static_activations_are_every_targets_and_gated_layer_by_layer():
+    recipe = schema.load("pocket_int8", {"stages.quantize.activations": "int8_static"})
+    for target in get_args(Target):
+        scheme = scheme_for(target, recipe)
+        told = gates(recipe, scheme)
+        assert scheme.name == "w8a8"
+        assert (told.component_snr_db, told.float16_snr_db) == (None, None)
+        assert (told.layer_snr_db, told.picture_psnr_db) == (45, 30)
+        assert scheme.arithmetic == "float32"
+
+
+def test_static_activations_in_float16_are_refused_by_every_target():
+    changes = {"stages.quantize.activations": "int8_static", "precision": "float16"}
+    for target in get_args(Target):
+        with pytest.raises(UserError, match="leave the precision on auto or float32"):
+            scheme_for(target, schema.load("pocket_int8", changes))

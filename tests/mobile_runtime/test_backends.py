@@ -225,6 +225,26 @@ for name in ("text_encoder", "unet", "vae_decoder"):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_tiny_decoder_of_a_diffusers_folder_runs_in_torch(bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    import torch
+    from diffusers import AutoencoderTiny
+
+    tiny: Any = AutoencoderTiny(
+        encoder_block_out_channels=(1, 1),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(0, 0),
+        num_decoder_blocks=(1, 1),
+    )
+    tiny.save_pretrained(tmp_path / "vae")
+    run = backends.load(bundle, "vae_decoder", backend="torch", folder=tmp_path)
+    spec = bundle.component("vae_decoder").inputs[0]
+    latents = np.random.default_rng(0).standard_normal(spec.shape).astype(np.float32)
+    with torch.no_grad():
+        wanted = tiny.decode(torch.from_numpy(latents)).sample.numpy()
+    np.testing.assert_allclose(run({spec.name: latents})["sample"], wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("target", "platform", "name"),
     [

@@ -13,8 +13,8 @@ from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from torch.nn import functional as F
 
 from mobile_runtime.errors import UserError
-from recipes import quantize
-from recipes.quantize import (
+from recipes import quantize, quantized_layers
+from recipes.quantized_layers import (
     QuantizedConv2d,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -23,7 +23,7 @@ from recipes.quantize import (
     quantize_weight,
     weight_snr_db,
 )
-from recipes.schema import QuantizeSettings, Rule
+from recipes.settings import QuantizeSettings, Rule
 from tests.conftest import make_tiny_pipeline
 
 weights = hnp.arrays(
@@ -117,7 +117,7 @@ def test_the_snr_of_a_weight_is_signal_over_rounding_noise() -> None:
 
 
 def make(layer: Any, activations: Any = "none") -> Any:
-    return quantize.REPLACEMENTS[type(layer)](layer, *quantize_weight(layer.weight), activations)
+    return quantized_layers.quantized(layer, activations)
 
 
 @pytest.mark.parametrize(
@@ -260,10 +260,6 @@ class TestPlan:
         assert "would save" in positions.reason
         assert plan["text_encoder.text_model.embeddings.token_embedding"].weights == "int8"
 
-    def test_static_activations_are_refused_with_the_way_out(self, tiny_pipeline: Any) -> None:
-        with pytest.raises(UserError, match=r"calibration.*int8_dynamic"):
-            self.plan(tiny_pipeline, activations="int8_static")
-
 
 def test_each_layer_is_replaced_and_its_floats_are_freed() -> None:
     pipeline = make_tiny_pipeline()
@@ -320,7 +316,7 @@ def test_a_dequantized_copy_computes_the_same_and_leaves_the_original() -> None:
     copy = dequantized(pipeline.unet)
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([5.0]), torch.randn(1, 16, 32))
     assert torch.equal(copy(*inputs).sample, pipeline.unet(*inputs).sample)
-    assert not any(isinstance(m, quantize.QuantizedModule) for m in copy.modules())
+    assert not any(isinstance(m, quantized_layers.QuantizedModule) for m in copy.modules())
     assert isinstance(pipeline.unet.conv_in, QuantizedConv2d)
 
 

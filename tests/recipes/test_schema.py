@@ -1,7 +1,6 @@
 """Recipes are read strictly: every fault is found, and all are told at once."""
 
 import contextlib
-import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -248,8 +247,32 @@ def test_whatever_the_data_it_is_a_recipe_or_a_list_of_faults(data: dict[str, An
 
 def test_every_stage_of_the_schema_has_a_row_in_the_table_and_the_reverse() -> None:
     assert set(schema.Stage.model_fields) == set(stages.STAGES)
-    fields = {field.name for field in dataclasses.fields(stages.StageFunctions)}
-    assert fields == {"check", "plan", "run"}
+
+
+PRUNE = {"prune": {"blocks": "bk_base"}}
+ADAPTERS = {"adapters": {"loras": [{"model": "style.safetensors"}]}}
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [
+        ([{"quantize": {}}, PRUNE], "prune changes weights, so it cannot follow quantize"),
+        ([{"fold": {}}, PRUNE], "prune changes weights, so it cannot follow fold"),
+        ([{"quantize": {}}, {"fold": {}}], "fold cannot follow quantize"),
+        ([PRUNE, ADAPTERS], "adapters comes first"),
+        ([{"fold": {}}, {"fold": {}}], "fold is listed twice"),
+    ],
+)
+def test_an_order_of_stages_that_cannot_work_is_told(stages: list[Any], told: str) -> None:
+    (fault,) = faults({**SMALLEST, "stages": stages})
+    assert told in fault
+
+
+def test_stages_compose_in_any_sensible_order() -> None:
+    order = [ADAPTERS, PRUNE, PRUNE, {"fold": {}}, {"quantize": {}}]
+    recipe = schema.parse({**SMALLEST, "stages": order})
+    assert [stage.name for stage in stages.changing(recipe)] == ["adapters", "prune", "prune"]
+    assert [stage.name for stage in stages.preserving(recipe)] == ["fold", "quantize"]
 
 
 def test_the_gates_of_a_recipe_are_the_gates_of_the_manifest() -> None:

@@ -11,7 +11,7 @@ import torch
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
 from recipes import schema, stages
-from recipes.quantize import QuantizedModule
+from recipes.quantized_layers import QuantizedModule
 from recipes.schema import Recipe
 from tests.conftest import make_tiny_pipeline
 
@@ -24,17 +24,26 @@ def recipe(*rules: dict[str, Any]) -> Recipe:
 
 def test_a_recipe_without_stages_leaves_the_pipeline_alone(tiny_pipeline: Any) -> None:
     plain = schema.parse({"name": "x", "source": {"model": "embedded"}, "resolution": 64})
-    pipeline, records, plans = stages.apply(tiny_pipeline, plain)
-    assert (pipeline, records, plans) == (tiny_pipeline, [], [])
+    applied = stages.apply(tiny_pipeline, plain)
+    assert (applied.pipeline, applied.records, applied.plans) == (tiny_pipeline, [], [])
 
 
 def test_each_stage_is_told_and_leaves_a_json_record() -> None:
     told: list[str] = []
-    _, records, plans = stages.apply(make_tiny_pipeline(), recipe(), told.append)
+    applied = stages.apply(make_tiny_pipeline(), recipe(), progress=told.append)
     assert told == ["quantize"]
-    assert [record["stage"] for record in records] == ["quantize"]
-    assert json.loads(json.dumps(records)) == records
-    assert len(plans) > 100
+    assert [record["stage"] for record in applied.records] == ["quantize"]
+    assert json.loads(json.dumps(applied.records)) == applied.records
+    assert len(applied.plans) > 100
+
+
+def test_a_record_tells_parameters_and_multiply_adds_before_and_after() -> None:
+    pipeline = make_tiny_pipeline()
+    parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
+    (record,) = stages.apply(pipeline, recipe()).records
+    assert record["before"] == record["after"]
+    assert record["before"]["unet"]["parameters"] == parameters
+    assert all(figures["macs"] > 0 for figures in record["after"].values())
 
 
 def test_a_pattern_that_matches_nothing_is_refused_before_anything_changes() -> None:
@@ -47,16 +56,16 @@ def test_a_pattern_that_matches_nothing_is_refused_before_anything_changes() -> 
 def test_a_plan_is_what_running_decides() -> None:
     pipeline = make_tiny_pipeline()
     ruled = recipe({"layers": "unet.conv_*"})
-    planned = stages.plan(pipeline, ruled.stages[0])
-    assert stages.apply(pipeline, ruled)[2] == planned
+    planned = stages.plan(stages.check(pipeline, ruled), ruled)
+    assert stages.apply(pipeline, ruled).plans == planned
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, list[Any]]:
-    pipeline, _, plans = stages.apply(make_tiny_pipeline(), recipe({"layers": "unet.conv_in"}))
+    applied = stages.apply(make_tiny_pipeline(), recipe({"layers": "unet.conv_in"}))
     folder = tmp_path_factory.mktemp("stages") / "deep" / "result"
-    stages.save(pipeline, plans, folder)
-    return pipeline, folder, plans
+    stages.save(applied.pipeline, applied.plans, folder)
+    return applied.pipeline, folder, applied.plans
 
 
 def test_a_saved_result_opens_in_diffusers_and_computes_the_same(

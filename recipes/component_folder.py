@@ -1,0 +1,43 @@
+"""One component of a pipeline as a folder: a configuration and safetensors, as diffusers has it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mobile_runtime.bundle import open_to_others
+from mobile_runtime.errors import UserError
+
+MODELS = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
+
+
+def save(component: Any, folder: Path) -> None:
+    """Write a module or a scheduler; weights in the precision that they have."""
+    component.save_pretrained(folder)
+    open_to_others(folder)
+
+
+def load(folder: Path) -> Any:
+    """Open what `save` wrote: a module in float32, ready to compute, or a scheduler."""
+    import diffusers
+
+    config_file = folder / "scheduler_config.json"
+    is_scheduler = config_file.is_file()
+    config_file = config_file if is_scheduler else folder / "config.json"
+    try:
+        name = json.loads(config_file.read_text(encoding="utf-8"))["_class_name"]
+        kind = getattr(diffusers, name, None)
+        if is_scheduler and isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin):
+            return kind.from_pretrained(folder, local_files_only=True)
+        if kind is None or name not in MODELS:
+            raise UserError(f"{folder} holds a {name}, which is none of: {', '.join(MODELS)}")
+        module: Any = kind
+        loaded = module.from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} cannot be read ({error}); if it is a kept result, delete it"
+        ) from error
+    return loaded.eval().requires_grad_(False)

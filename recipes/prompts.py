@@ -1,0 +1,58 @@
+"""Prompts to train on, to calibrate with and to judge by: a file, or what fits the source."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mobile_runtime.errors import UserError
+from recipes.schema import Recipe
+
+DEFAULT = Path(__file__).parent / "prompts.txt"
+PAIR_SHARE = 0.3
+"""Of the embedded model's captions, those of two objects."""
+
+Draw = Callable[[np.random.Generator, int], list[str]]
+
+
+def read(path: Path) -> list[str]:
+    """The prompts of a file, one a line; empty lines and lines that begin with # are left out.
+
+    Raises UserError where there is no such file, or no prompt in it.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no prompt file {path}; give one with a prompt a line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompt file {path} cannot be read: {error}") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"the prompt file {path} holds no prompt; give a prompt a line")
+    return prompts
+
+
+def check(named: str | None) -> None:
+    """Refuse a prompt file that cannot be used."""
+    if named is not None:
+        read(Path(named).expanduser())
+
+
+def drawer(named: str | None, recipe: Recipe) -> Draw:
+    """A function (random numbers, n) -> n prompts.
+
+    named: a prompt file. Without one, the embedded model is asked for its training captions (never
+    the held-out combinations), and every other source for the prompts that the package ships.
+    """
+    if named is None and recipe.source.model == "embedded":
+        return _captions
+    prompts = read(DEFAULT if named is None else Path(named).expanduser())
+    return lambda rng, n: [prompts[index] for index in rng.integers(len(prompts), size=n)]
+
+
+def _captions(rng: np.random.Generator, n: int) -> list[str]:
+    from recipes.pocket.captions import caption
+    from recipes.pocket.scenes import sample_scene
+
+    scenes = [sample_scene(rng, "train", bool(rng.random() < PAIR_SHARE)) for _ in range(n)]
+    return [caption(scene, rng) for scene in scenes]

@@ -1,0 +1,221 @@
+"""Where a stage works, and where the results of training are kept and found again.
+
+A trained result is kept under a key: the hash of the source's weights, and of every setting up to
+its stage. The same recipe on the same source then takes seconds the second time, and a training
+that was killed goes on from its checkpoint. The package ships the results of its own recipes in
+the same form (`SHIPPED`).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mobile_runtime.errors import UserError
+from mobile_runtime.manifest import LayerPlan
+from recipes import component_folder
+from recipes.measure import COMPONENTS, with_modules
+from recipes.schema import Recipe, Stage
+
+SHIPPED = Path(__file__).parent / "pocket" / "trained"
+RECORD = "record.json"
+
+
+def default_cache() -> Path:
+    """`$POCKET_DIFFUSION_CACHE`, else a folder in the user's cache folder."""
+    named = os.environ.get("POCKET_DIFFUSION_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "pocket_diffusion" / "stages"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage leaves: the pipeline, its layers' plans, and what it has to tell (JSON)."""
+
+    pipeline: Any
+    plans: list[LayerPlan] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage may use beside the pipeline.
+
+    folder: the stage's own, for checkpoints and pictures, which a killed run finds again; only
+    for stages that train. teacher: the UNet that came with the source, or that the latest
+    distillation left; prunings since are not in it.
+    """
+
+    recipe: Recipe
+    teacher: Any
+    folder: Path
+    trained: tuple[str, ...] = ()
+    kept: Path | None = None
+    key: str = ""
+
+    def found(self, pipeline: Any) -> Outcome | None:
+        """The result of an earlier run of the same stage on the same inputs, if it was kept."""
+        if self.kept is None:
+            return None
+        for folder in (SHIPPED / self.kept.name, self.kept):
+            if (folder / RECORD).is_file():
+                kept = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+                if kept["key"] != self.key:
+                    raise UserError(
+                        f"{folder} is the result of other inputs than its name says; delete it"
+                    )
+                modules = {name: component_folder.load(folder / name) for name in self.trained}
+                found_in = "the package" if folder.parent == SHIPPED else "the cache"
+                return Outcome(
+                    with_modules(pipeline, modules),
+                    record={**kept["record"], "trained": f"earlier, found in {found_in}"},
+                )
+        return None
+
+    def keep(self, outcome: Outcome) -> Outcome:
+        """Keep the result of a training, with the pictures and curves that it left.
+
+        What only served to resume it is deleted.
+        """
+        if self.kept is None or not _is_main_process():
+            return outcome
+        fresh = self.folder / "result"
+        shutil.rmtree(fresh, ignore_errors=True)
+        for name in self.trained:
+            component_folder.save(getattr(outcome.pipeline, name), fresh / name)
+        (fresh / "training").mkdir()
+        for left in (*self.folder.glob("*.png"), *self.folder.glob("*.csv")):
+            shutil.copy2(left, fresh / "training" / left.name)
+        record = {"key": self.key, "record": outcome.record}
+        (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        fresh.rename(self.kept)
+        return outcome
+
+
+@dataclass
+class Done:
+    """The inputs of the stage that comes next: the source, and the stages that have run."""
+
+    recipe: Recipe
+    cache: Path
+    inputs: list[Any]
+
+    @classmethod
+    def before(cls, pipeline: Any, recipe: Recipe, cache: Path | None, keeps: bool) -> "Done":
+        """Before any stage has run on a pipeline. keeps: whether one of them trains."""
+        inputs: list[Any] = [fingerprint(pipeline), recipe.resolution] if keeps else []
+        return cls(recipe, cache or default_cache(), inputs)
+
+    @contextlib.contextmanager
+    def work(self, stage: Stage, trained: tuple[str, ...], teacher: Any) -> Iterator[Work]:
+        """The stage's place to work. Only one process at a time trains the same thing."""
+        self.inputs.append([stage.name, _contents(stage.settings.model_dump(mode="json"))])
+        if not trained:
+            yield Work(self.recipe, teacher, folder=Path())
+            return
+        key = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+        kept = self.cache / f"{stage.name}-{key[:16]}"
+        folder = kept.with_name(f"{kept.name}.work")
+        work = Work(self.recipe, teacher, folder, trained, kept, key)
+        if any((place / RECORD).is_file() for place in (SHIPPED / kept.name, kept)):
+            yield work
+            return
+        if not _is_main_process():
+            yield work
+            return
+        with _alone(folder):
+            yield work
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_main_process() -> bool:
+    """Of several that `accelerate launch` started, one writes."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"a training cannot keep its checkpoints in {folder} ({error.strerror}); name another "
+            "folder with POCKET_DIFFUSION_CACHE"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is at this training already (it works in {folder}); wait for it"
+            ) from None
+        yield
+
+
+# Of a configuration, what weights alone do not tell. Not all of it: a newer diffusers adds keys.
+_TELLING = {
+    "text_encoder": ("hidden_act", "num_attention_heads"),
+    "unet": ("attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_num_groups"),
+    "vae": ("scaling_factor", "norm_num_groups"),
+    "scheduler": (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+        "timestep_spacing",
+    ),
+}
+
+
+def fingerprint(pipeline: Any) -> str:
+    """SHA-256 of a pipeline's weights, and of the settings that say what they compute."""
+    digest = hashlib.sha256()
+    for name, keys in _TELLING.items():
+        part = getattr(pipeline, name)
+        told = {key: repr(getattr(part.config, key, None)) for key in keys}
+        digest.update(json.dumps([type(part).__name__, told]).encode())
+        for key, tensor in part.state_dict().items() if name in COMPONENTS else ():
+            digest.update(f"{name}.{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _contents(settings: Any) -> Any:
+    """Settings with each file or folder that they name replaced by what it holds."""
+    if isinstance(settings, dict):
+        return {
+            key: _digest(value)
+            if key in ("prompts", "model") and isinstance(value, str)
+            else _contents(value)
+            for key, value in settings.items()
+        }
+    return [_contents(value) for value in settings] if isinstance(settings, list) else settings
+
+
+def _digest(named: str) -> str:
+    path = Path(named).expanduser()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not path.exists():
+        return named
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,383 @@
+"""Distillation learns from the teacher, resumes, is kept, and leaves the teacher alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler
+from torch import nn
+
+from mobile_runtime.errors import UserError
+from recipes import drawn, losses, schema, stages, trainer, work
+from recipes.faults import RecipeError
+from recipes.losses import Noise
+from tests.conftest import make_tiny_pipeline
+
+CPU = torch.device("cpu")
+SMALL = {
+    "iterations": 3,
+    "batch": 2,
+    "warmup": 0,
+    "pictures": 4,
+    "draw_steps": 2,
+    "save_every": 1,
+    "watch_every": 2,
+    "precision": "float32",
+    "learning_rate": 1e-4,
+}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("# a comment\na tent\n\na stone\n")
+    return path
+
+
+def recipe(prompts: Path, **settings: Any) -> schema.Recipe:
+    settings = {"steps": 1, **SMALL, "prompts": str(prompts), **settings}
+    return schema.parse(
+        {
+            "name": "x",
+            "source": {"model": "embedded"},
+            "resolution": 64,
+            "schedule": {"steps": settings["steps"], "guidance_scale": 0.0},
+            "stages": [{"distill": settings}],
+        }
+    )
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "progressive": {"teacher_steps": 4, "guidance": 2.0},
+    "lcm": {"guidance": [1.0, 3.0], "steps": 2},
+    "output": {"feature_weight": 1.0, "steps": 2},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_student_is_trained_kept_and_found_again(
+    method: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = make_tiny_pipeline()
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    asked = recipe(prompts, method=method, **METHODS[method])
+    first = stages.apply(pipeline, asked, cache=tmp_path / "cache")
+    student = first.pipeline.unet.state_dict()
+    assert all(torch.equal(value, pipeline.unet.state_dict()[k]) for k, value in before.items())
+    assert any(not torch.equal(value, student[name]) for name, value in before.items())
+    (kept,) = (tmp_path / "cache").iterdir()  # what served to resume is gone
+    assert (kept / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+    monkeypatch.setattr(trainer, "train", None)  # not needed any more
+    again = stages.apply(make_tiny_pipeline(), asked, cache=tmp_path / "cache")
+    assert again.records[0]["trained"] == "earlier, found in the cache"
+    for name, value in again.pipeline.unet.state_dict().items():
+        assert torch.equal(value, student[name])
+    assert type(again.pipeline.scheduler) is type(first.pipeline.scheduler)
+    options = [
+        {
+            key: value
+            for key, value in dict(applied.pipeline.scheduler.config).items()
+            if key[0] != "_"
+        }
+        for applied in (first, again)
+    ]
+    assert options[0] == options[1]
+
+
+def test_a_killed_training_ends_where_an_uninterrupted_one_does(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(prompts, method="progressive", teacher_steps=2)
+    whole = stages.apply(make_tiny_pipeline(), asked, cache=tmp_path / "whole").pipeline.unet
+    save, saved = trainer._save, []
+
+    def save_and_die(*args: Any) -> None:
+        save(*args)
+        saved.append(args)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        stages.apply(make_tiny_pipeline(), asked, cache=tmp_path / "killed")
+    monkeypatch.setattr(trainer, "_save", save)
+    resumed = stages.apply(make_tiny_pipeline(), asked, cache=tmp_path / "killed").pipeline.unet
+    assert len(saved) == 2
+    for name, value in resumed.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_another_training_is_refused(prompts: Path, tmp_path: Path) -> None:
+    settings = recipe(prompts, method="output").stages[0].distill
+    assert settings is not None
+    module = nn.Linear(2, 2)
+
+    def job(key: str) -> trainer.Job:
+        def loss(module: nn.Module, batch: trainer.Batch) -> torch.Tensor:
+            return module(torch.ones(1, 2)).square().mean()
+
+        return trainer.Job("job", module, loss, settings, tmp_path, key)
+
+    trainer.train(job("one"))
+    with pytest.raises(UserError, match="checkpoint of another training"):
+        trainer.train(job("two"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(prompts: Path, tmp_path: Path) -> None:
+    settings = recipe(prompts, method="output").stages[0].distill
+    assert settings is not None
+    module = nn.Linear(2, 2)
+    job = trainer.Job(
+        "job", module, lambda m, b: m(torch.full((1, 2), torch.nan)).sum(), settings, tmp_path, "k"
+    )
+    with pytest.raises(UserError, match="the loss is nan at step 0; lower learning_rate"):
+        trainer.train(job)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_it_leaves_pictures_and_a_loss_curve_to_look_at(prompts: Path, tmp_path: Path) -> None:
+    asked = recipe(prompts, method="output", iterations=2)
+    stages.apply(make_tiny_pipeline(), asked, cache=tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").iterdir()
+    names = {path.name for path in (kept / "training").iterdir()}
+    assert names == {"output-000002.png", "output-loss.csv", "output-loss.png"}
+    assert (kept / "training" / "output-loss.csv").read_text().startswith("step,loss")
+
+
+def test_the_same_numbers_are_drawn_whoever_asks(prompts: Path, tmp_path: Path) -> None:
+    """A batch is a function of its numbers, and no two are alike."""
+
+    def values(**changes: int) -> list[float]:
+        numbers = {"seed": 0, "step": 1, "part": 0, "process": 0, **changes}
+        batch = trainer.Batch(**numbers, size=2, device=CPU, average=nn.Identity())
+        drawn = torch.randn(2, generator=batch.generator())
+        return [*drawn.tolist(), *batch.rng().normal(size=2).tolist()]
+
+    assert values() == values()
+    others = [values(**{name: 2}) for name in ("seed", "step", "part", "process")]
+    assert len({tuple(row) for row in [values(), *others]}) == 5
+
+
+def noise_of(scheduler: Any) -> Noise:
+    return Noise.of(scheduler, CPU)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_step_is_what_diffusers_makes_of_it(prediction: str, steps: int) -> None:
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type=prediction,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    scheduler.set_timesteps(steps)
+    noise = noise_of(scheduler)
+    grid = noise.grid(steps)
+    assert grid[:-1].tolist() == scheduler.timesteps.tolist()
+    x, out = torch.randn(2, 1, 4, 8, 8)
+    for index in range(steps):
+        t, after = grid[index : index + 1], grid[index + 1 : index + 2]
+        mine = noise.ddim(x, noise.x0(x, out, t), t, after)
+        theirs = scheduler.step(out, int(t), x)
+        torch.testing.assert_close(mine, theirs.prev_sample, rtol=1e-4, atol=1e-4)
+        back = noise.x0_of_step(x, mine, t, after)
+        torch.testing.assert_close(back, theirs.pred_original_sample, rtol=1e-3, atol=1e-3)
+
+
+def test_a_student_that_does_two_steps_in_one_has_no_loss() -> None:
+    """With a model that knows the picture, two DDIM steps and one lead to the same place."""
+    scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)
+    noise = noise_of(scheduler)
+    x0, eps = torch.randn(2, 3, 4, 8, 8)
+    at = torch.tensor([0, 1, 3])
+
+    def knowing(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x0
+
+    def ignorant(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    assert float(losses.progressive(noise, knowing, knowing, x0, eps, 4, at)) < 1e-5
+    assert float(losses.progressive(noise, ignorant, knowing, x0, eps, 4, at)) > 0.5
+
+
+def test_the_consistency_function_is_diffusers_own() -> None:
+    scheduler = LCMScheduler(prediction_type="v_prediction", clip_sample=False)
+    scheduler.set_timesteps(4)
+    noise = noise_of(scheduler)
+    x, out = torch.randn(2, 1, 4, 8, 8)
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(out, t, x).denoised
+        mine = losses.consistency(noise, x, out, t[None])
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    start = losses.consistency(noise, x, out, torch.tensor([0]))
+    torch.testing.assert_close(start, x)
+
+
+def test_a_consistent_student_has_no_consistency_loss() -> None:
+    noise = noise_of(LCMScheduler(prediction_type="sample", clip_sample=False))
+    x0, eps = torch.randn(2, 3, 4, 8, 8)
+
+    def knowing(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x0
+
+    def wrong(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x0 + t[:, None, None, None] / 1000
+
+    at = torch.tensor([0, 5, 20])
+    for student, expected in ((knowing, True), (wrong, False)):
+        loss = losses.latent_consistency(noise, student, student, knowing, x0, eps, 50, at)
+        assert (float(loss) < 1e-4) == expected
+
+
+def test_block_outputs_of_equal_unets_have_no_loss() -> None:
+    unet: Any = make_tiny_pipeline().unet
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 32)
+    with losses.Features(unet) as first, torch.no_grad():
+        unet(x, 5, text)
+    with losses.Features(unet) as second, torch.no_grad():
+        unet(x, 900, text)
+    assert len(first.seen) == len(unet.down_blocks) + len(unet.up_blocks) + 1
+    assert float(losses.feature_loss(first, first)) == 0
+    assert float(losses.feature_loss(second, first)) > 0
+    assert not any(block._forward_hooks for block in unet.modules())
+
+
+def test_a_teacher_of_other_text_is_refused() -> None:
+    from diffusers import UNet2DConditionModel
+
+    teacher = make_tiny_pipeline().unet
+    config = {**teacher.config, "cross_attention_dim": 64}
+    with torch.device("meta"):
+        student = UNet2DConditionModel.from_config(config)
+    with pytest.raises(UserError, match="cross_attention_dim 32 and the student's 64"):
+        losses.check_fit(teacher, student)
+
+
+def test_the_drawn_pictures_are_diffusers_own(tiny_pipeline: Any) -> None:
+    """Guidance, scheduler and scaling as StableDiffusionPipeline has them."""
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    words = ["a tent", "a stone"]
+    mine = drawn.sample(tiny_pipeline, tiny_pipeline.unet, words, noise, 3, 2.5)
+    tiny_pipeline.set_progress_bar_config(disable=True)
+    theirs = tiny_pipeline(
+        words,
+        latents=noise,
+        num_inference_steps=3,
+        guidance_scale=2.5,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_drawing_goes_on_where_it_was_killed(
+    tiny_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawn, "CHUNK", 2)
+    calls: list[int] = []
+
+    def say(rng: np.random.Generator, n: int) -> list[str]:
+        return [f"tent {rng.integers(100)}" for _ in range(n)]
+
+    def sample(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return args[3]
+
+    monkeypatch.setattr(drawn, "sample", sample)
+    options: dict[str, Any] = {"steps": 1, "scale": 1.0, "seed": 3, "folder": tmp_path, "key": "k"}
+    with pytest.raises(KeyboardInterrupt):
+        drawn.draw(tiny_pipeline, say, 5, (8, 8), **options)
+    said, latents = drawn.draw(tiny_pipeline, say, 5, (8, 8), **options)
+    assert len(calls) == 4  # the first chunk was drawn once
+    assert (len(said), latents.shape) == (5, (5, 4, 8, 8))
+    with pytest.raises(UserError, match="pictures of another training"):
+        drawn.draw(tiny_pipeline, say, 5, (8, 8), **{**options, "key": "other"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"method": "progressive", "teacher_steps": 6}, "6 cannot be halved to 1"),
+        ({"method": "progressive", "guidance": [1, 2]}, "a range goes with method lcm"),
+        ({"method": "lcm", "guidance": [5, 2]}, r"\[low, high\]"),
+        ({"method": "output", "teacher_steps": 4}, "teacher_steps: method output"),
+        ({"method": "lcm", "warmup": 9}, "9 steps are more than iterations"),
+        ({"method": "best"}, "method"),
+        ({"method": "lcm", "steps": 3}, "steps"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told(
+    settings: dict[str, Any], told: str, prompts: Path
+) -> None:
+    with pytest.raises(RecipeError, match=told):
+        recipe(prompts, **settings)
+
+
+def test_a_schedule_that_was_not_trained_for_is_told(prompts: Path) -> None:
+    good = recipe(prompts, method="lcm").resolved()
+    for change, told in (
+        ({"steps": 25}, "the distill stage trains for 1"),
+        ({"other_steps": [2]}, "no other_steps"),
+        ({"guidance_scale": 7.5}, "folds guidance in"),
+        ({"scheduler": "euler"}, "brings the scheduler"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            schema.parse({**good, "schedule": {**good["schedule"], **change}})
+
+
+@pytest.mark.parametrize("text", ["", "\n# only a comment\n"])
+def test_an_empty_prompt_file_is_told_before_any_work(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(text)
+    asked = recipe(path, method="lcm")
+    with pytest.raises(UserError, match=r"stages\.0\.distill: the prompt file .* holds no prompt"):
+        stages.check(make_tiny_pipeline(), asked)
+
+
+def test_a_missing_prompt_file_is_told(tmp_path: Path) -> None:
+    asked = recipe(tmp_path / "nothing.txt", method="lcm")
+    with pytest.raises(UserError, match="there is no prompt file"):
+        stages.check(make_tiny_pipeline(), asked)
+
+
+def test_a_solver_that_does_not_divide_the_schedule_is_told(prompts: Path) -> None:
+    with pytest.raises(UserError, match="33 does not divide the schedule's 1000 timesteps"):
+        stages.check(make_tiny_pipeline(), recipe(prompts, method="lcm", teacher_steps=33))
+
+
+def test_other_settings_other_prompts_and_other_weights_are_another_training(
+    prompts: Path, tmp_path: Path
+) -> None:
+    def key(asked: schema.Recipe, pipeline: Any) -> str:
+        done = work.Done.before(pipeline, asked, tmp_path, keeps=True)
+        with done.work(asked.stages[0], ("unet",), pipeline.unet) as found:
+            return found.key
+
+    pipeline = make_tiny_pipeline()
+    asked = recipe(prompts, method="lcm")
+    first = key(asked, pipeline)
+    assert key(asked, make_tiny_pipeline()) == first
+    keys = {first, key(recipe(prompts, method="lcm", seed=1), pipeline)}
+    prompts.write_text("something else\n")
+    keys.add(key(asked, pipeline))
+    pipeline.unet.conv_in.weight[0, 0, 0, 0] += 1
+    keys.add(key(asked, pipeline))
+    assert len(keys) == 4
+
+
+def test_two_processes_do_not_train_the_same_thing(prompts: Path, tmp_path: Path) -> None:
+    asked = recipe(prompts, method="lcm")
+    pipeline = make_tiny_pipeline()
+    first, second = (work.Done.before(pipeline, asked, tmp_path, keeps=True) for _ in range(2))
+    with (
+        first.work(asked.stages[0], ("unet",), None),
+        pytest.raises(UserError, match="another process is at this training"),
+        second.work(asked.stages[0], ("unet",), None),
+    ):
+        pass
