@@ -6,17 +6,17 @@ component's name (`unet.down_blocks.0...`, `vae_decoder.decoder.conv_in`), which
 of a quantization plan.
 """
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.manifest import TensorSpec
+from recipes import measure
+from recipes.fold import FoldedUNet
 
 # Added to the scores of hidden positions. Finite in float16, and far enough below any score for
 # softmax to give exactly zero in float32.
@@ -127,7 +127,7 @@ class VaeEncoder(nn.Module):
 
 def size_multiple(pipeline: Any) -> int:
     """What a picture's height and width have to be a multiple of, in pixels."""
-    return _vae_factor(pipeline.vae) * 2**pipeline.unet.num_upsamplers
+    return measure.vae_factor(pipeline.vae) * 2**pipeline.unet.num_upsamplers
 
 
 def build(pipeline: Any, name: str, *, height: int, width: int, batch: int) -> Component:
@@ -157,42 +157,12 @@ def export(component: Component) -> torch.export.ExportedProgram:
 
 def count_macs(component: Component) -> int:
     """Multiply-adds of one call: convolutions, linears, matrix products, attention."""
-    module = share_structure(component.module, lambda tensor: tensor.to("meta"))
-    inputs = [tensor.to("meta") for tensor in component.example_inputs().values()]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*inputs)
-    return counter.get_total_flops() // 2
+    return measure.count_macs(component.module, *component.example_inputs().values())
 
 
 def count_parameters(component: Component) -> int:
     """Weights of the component, each once; integers count where they took a weight's place."""
-    return sum(tensor.numel() for tensor in _weights(component.module))
-
-
-def share_structure(
-    module: nn.Module,
-    convert: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
-) -> nn.Module:
-    """A copy of the tree of modules whose tensors are not copied: shared, or `convert`ed.
-
-    What changes the tree afterwards leaves the original alone, at no cost in memory.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        converted = convert(tensor)
-        if isinstance(tensor, nn.Parameter) and not isinstance(converted, nn.Parameter):
-            converted = nn.Parameter(converted, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = converted
-    return copy.deepcopy(module, memo)
-
-
-def _weights(module: nn.Module) -> Iterator[torch.Tensor]:
-    seen = set()
-    for tensor in [*module.parameters(), *module.buffers()]:
-        is_weight = isinstance(tensor, nn.Parameter) or tensor.dtype == torch.int8
-        if is_weight and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor
+    return measure.count_parameters(component.module)
 
 
 def _example(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
@@ -202,18 +172,6 @@ def _example(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
         return whole.to(_DTYPES[spec.dtype])
     noise = torch.randn(spec.shape, generator=generator, dtype=_DTYPES[spec.dtype])
     return noise.clamp(*spec.range) if spec.range is not None else noise
-
-
-def _vae_factor(vae: Any) -> int:
-    widths = (
-        getattr(vae.config, "block_out_channels", None) or vae.config.decoder_block_out_channels
-    )
-    return 2 ** (len(widths) - 1)
-
-
-def _latent_size(pipeline: Any, height: int, width: int) -> tuple[int, int]:
-    factor = _vae_factor(pipeline.vae)
-    return height // factor, width // factor
 
 
 def _text_encoder(pipeline: Any, height: int, width: int, batch: int) -> Component:
@@ -246,7 +204,7 @@ def _text_encoder(pipeline: Any, height: int, width: int, batch: int) -> Compone
 
 def _unet(pipeline: Any, height: int, width: int, batch: int) -> Component:
     config = pipeline.unet.config
-    size = _latent_size(pipeline, height, width)
+    size = measure.latent_size(pipeline, height, width)
     pair = " Batch 2 is [negative or empty prompt, prompt]." if batch == 2 else ""
     sample = TensorSpec(
         name="sample",
@@ -261,7 +219,8 @@ def _unet(pipeline: Any, height: int, width: int, batch: int) -> Component:
         dtype="float32",
         layout="N",
         range=(0, pipeline.scheduler.config.num_train_timesteps - 1),
-        description="The schedule row's timestep, one for the whole batch.",
+        description="The schedule row's timestep, one for the whole batch."
+        + (" Any other makes the output NaN." if isinstance(pipeline.unet, FoldedUNet) else ""),
     )
     hidden = TensorSpec(
         name="encoder_hidden_states",
@@ -285,7 +244,7 @@ def _unet(pipeline: Any, height: int, width: int, batch: int) -> Component:
 
 
 def _vae_decoder(pipeline: Any, height: int, width: int, batch: int) -> Component:
-    size = _latent_size(pipeline, height, width)
+    size = measure.latent_size(pipeline, height, width)
     latent = TensorSpec(
         name="latent_sample",
         shape=(1, pipeline.vae.config.latent_channels, *size),
@@ -310,7 +269,7 @@ def _vae_encoder(pipeline: Any, height: int, width: int, batch: int) -> Componen
             f"{type(pipeline.vae).__name__} has no latent distribution to encode to; "
             "leave vae_encoder out, or use an AutoencoderKL"
         )
-    size = _latent_size(pipeline, height, width)
+    size = measure.latent_size(pipeline, height, width)
     sample = TensorSpec(
         name="sample",
         shape=(1, 3, height, width),

@@ -13,8 +13,7 @@ import numpy as np
 from converters import components, golden, rewrites, support
 from converters.components import Component
 from converters.progress import Progress
-from converters.schedule import choose_scheduler, compile_schedule
-from converters.source import Source, check_resolution, open_source
+from converters.schedule import compile_schedule
 from mobile_runtime.bundle import Bundle, BundleWriter
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import (
@@ -30,9 +29,11 @@ from mobile_runtime.manifest import (
 )
 from mobile_runtime.pipeline import Pipeline
 from mobile_runtime.tokenizer import ClipTokenizer
-from recipes import stages
+from recipes import measure, stages
 from recipes.faults import RecipeError, collected
+from recipes.schedulers import choose_scheduler
 from recipes.schema import Recipe
+from recipes.sources import Source, check_resolution, open_source
 
 TARGET_MODULES: dict[Target, str] = {
     "coreml": "converters.coreml",
@@ -63,6 +64,7 @@ class Request:
     output: Path
     force: bool = False
     save_pipeline: Path | None = None
+    cache: Path | None = None
 
 
 def convert(request: Request, progress: Progress) -> Bundle:
@@ -81,17 +83,22 @@ def convert(request: Request, progress: Progress) -> Bundle:
     progress(f"open {recipe.source.model}")
     source = _open(recipe, weights=True)
     pipeline = source.pipeline
-    pipeline.scheduler = checked.pipeline.scheduler
     del checked
+
+    def stage(name: str) -> None:
+        progress(f"stage {name}")
 
     with BundleWriter(request.output, request.force) as writer:
         tokenizer = write_tokenizer(pipeline, writer.path)
         make_pipeline = _pipeline_maker(tokenizer, writer.path, generation, schedules)
+        changed = stages.apply(pipeline, recipe, stages.changing(recipe), stage, request.cache)
+        pipeline = changed.pipeline
+        pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
         built = build_components(pipeline, recipe)
         cases = golden.record_source(built, make_pipeline, _golden_prompts(recipe), progress)
 
-        progress("stages: " + (", ".join(stage.name for stage in recipe.stages) or "none"))
-        pipeline, records, plans = stages.apply(pipeline, recipe)
+        kept = stages.apply(pipeline, recipe, stages.preserving(recipe), stage, request.cache)
+        pipeline, plans = kept.pipeline, kept.plans
         if request.save_pipeline:
             stages.save(pipeline, plans, request.save_pipeline)
         built = build_components(pipeline, recipe)
@@ -118,7 +125,7 @@ def convert(request: Request, progress: Progress) -> Bundle:
                 tool_versions=tool_versions(),
                 source=info,
                 recipe=recipe.resolved(),
-                stages=tuple(records),
+                stages=(*changed.records, *kept.records),
                 notes=tuple(note for note in (scheme.note,) if note),
                 components=tuple(entries),
                 tokenizer=tokenizer,
@@ -155,13 +162,13 @@ def check(request: Request) -> Checked:
     options = target_module(request.target).prepare(recipe, scheme)
     _check_free(request)
     pipeline = _open(recipe, weights=False).pipeline
-    pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
     faults: list[str] = []
     with collected(faults):
         check_resolution(pipeline, recipe.height, recipe.width)
     with collected(faults):
-        stages.check(pipeline, recipe)
+        pipeline = stages.check(pipeline, recipe)
     with collected(faults):
+        pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
         compiled = compile_generation(pipeline, recipe)
     if faults:
         raise RecipeError(f"recipe {recipe.name}", faults)
@@ -193,7 +200,7 @@ def compile_generation(
     pipeline: Any, recipe: Recipe
 ) -> tuple[Generation, tuple[ScheduleTable, ...]]:
     """The manifest's sizes and defaults, and a schedule table for each number of steps."""
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    factor = measure.vae_factor(pipeline.vae)
     generation = Generation(
         latent_channels=pipeline.unet.config.in_channels,
         latent_height=recipe.height // factor,
@@ -275,7 +282,7 @@ def _lower(
     details = dict(lowered.details)
     if any(plan.activations != "none" for plan in mine):
         progress(f"check {component.name} layer by layer")
-        details["layer_snr_db"] = target.layer_check(component, inputs[0], progress.detail)
+        details["layer_snr_db"] = target.layer_check(component, inputs[0], options, progress.detail)
     return ComponentEntry(
         name=cast(ComponentName, component.name),
         path=lowered.path.relative_to(writer.path).as_posix(),
@@ -313,7 +320,7 @@ def dry_run(request: Request) -> str:
     recipe = request.recipe
     checked = check(request)
     scheme, pipeline, schedules = checked.scheme, checked.pipeline, checked.schedules
-    plans = [plan for stage in recipe.stages for plan in stages.plan(pipeline, stage)]
+    plans = stages.plan(pipeline, recipe)
     int8 = {plan.layer for plan in plans if plan.weights == "int8"}
     lines = [f"{recipe.name} for {request.target}: {scheme.name}, computed in {scheme.arithmetic}"]
     lines += [f"note: {scheme.note}"] if scheme.note else []

@@ -15,9 +15,10 @@ if __name__ == "__main__":
 import fnmatch
 import hashlib
 import math
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,9 +26,11 @@ import numpy as np
 import torch
 
 from converters.components import Component
+from converters.layer_check import layer_check as layers_alone
 from converters.lowered import Lowered
 from converters.quiet import bars_told, quiet
 from converters.support import Scheme
+from mobile_runtime.backends.mil import Program
 from mobile_runtime.backends.mil.package import Package
 from mobile_runtime.backends.mil.values import Constant, parse_constant
 from mobile_runtime.errors import UserError, choices, missing_backend
@@ -58,6 +61,7 @@ REWRITES: tuple[str, ...] = ()
 
 _quantized = torch.ops.quantized_decomposed
 _WEIGHT_OPS = ("dequantize_per_channel.default",)
+_STATIC_OPS = ("quantize_per_tensor.default", "dequantize_per_tensor.default")
 _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
 
@@ -104,7 +108,12 @@ def check(options: CoreMLOptions, weights: Literal["float", "int8"] = "float") -
 def prepare(recipe: Recipe, scheme: Scheme) -> CoreMLOptions:
     """The options that a recipe asks for, checked; UserError where coremltools is missing."""
     options = CoreMLOptions(recipe.targets.coreml.deployment_target, scheme.arithmetic)
-    check(options, "int8" if scheme.name == "w8" else "float")
+    check(options, "float" if scheme.name == scheme.arithmetic else "int8")
+    if scheme.name == "w8a8" and options.deployment_target == "iOS16":
+        raise UserError(
+            "the deployment target iOS16 (macOS 13) has no quantized activations: choose iOS17 or "
+            "later, or set quantize.activations to none"
+        )
     _coremltools()
     return options
 
@@ -163,6 +172,28 @@ def lower(
     return Lowered(path, "mlpackage", details)
 
 
+def layer_check(
+    component: Component,
+    inputs: Mapping[str, np.ndarray],
+    options: CoreMLOptions | None = None,
+    progress: Callable[[str], None] = lambda phase: None,
+    layers: Collection[str] | None = None,
+) -> dict[str, float]:
+    """Each layer with quantized activations alone in our interpreter; see layer_check.py."""
+    chosen = options or CoreMLOptions()
+
+    def run_alone(layers: Component, args: list[torch.Tensor]) -> list[torch.Tensor]:
+        program = torch.export.export(layers.module, tuple(args))
+        with tempfile.TemporaryDirectory() as folder:
+            # What it computes in is the package's; the layers' names are not the plan's here.
+            path = lower(layers, program, Path(folder), replace(chosen, float32=())).path
+            feeds = {spec.name: x.numpy() for spec, x in zip(layers.inputs, args, strict=True)}
+            found = Program.open(path).run(feeds, arithmetic=chosen.compute_precision)
+        return [torch.from_numpy(found[spec.name]) for spec in layers.outputs]
+
+    return layers_alone(component, inputs, run_alone, progress, layers)
+
+
 def _coremltools() -> Any:
     # The import itself logs about libraries that only a Mac has, and about version ranges.
     with quiet("coremltools", "torchao"):
@@ -189,7 +220,7 @@ def _quantized_ops(program: torch.export.ExportedProgram) -> Iterator[torch.fx.N
 
 def _check_activations(program: torch.export.ExportedProgram) -> None:
     for node in _quantized_ops(program):
-        if not str(node.target).endswith(_WEIGHT_OPS):
+        if not str(node.target).endswith((*_WEIGHT_OPS, *_STATIC_OPS)):
             raise UserError(
                 "Core ML cannot quantize activations as they come "
                 f"({str(node.target).split('.')[1]}); use a recipe whose quantize stage has "
@@ -257,7 +288,7 @@ def safe_group_norm(
 
 
 class _KeepFloat32:
-    """Says which operations stay in float32: the timestep's sinusoid, and what the options name."""
+    """Says which operations stay in float32: those of the timestep, and what the options name."""
 
     def __init__(
         self, component: str, program: torch.export.ExportedProgram, patterns: tuple[str, ...]
@@ -266,13 +297,13 @@ class _KeepFloat32:
         _check_kinds(self._kinds)
         layers = [p for p in patterns if p.startswith(f"{component}.")]
         self._weights = _weight_names(program, layers)
-        self._sinusoid: set[Any] | None = None
+        self._of_timestep: set[Any] | None = None
 
     def __call__(self, op: Any) -> bool:
-        if self._sinusoid is None:
+        if self._of_timestep is None:
             # The first call comes before the pass has changed anything.
-            self._sinusoid = _sinusoid(op.enclosing_block)
-        if op in self._sinusoid or op.op_type in self._kinds:
+            self._of_timestep = _of_timestep(op.enclosing_block)
+        if op in self._of_timestep or op.op_type in self._kinds:
             return True
         weight = op.inputs.get("weight")
         return op.outputs[0].name in self._weights or (
@@ -310,10 +341,14 @@ def _weight_names(program: torch.export.ExportedProgram, patterns: list[str]) ->
     return matched | dequantized
 
 
-def _sinusoid(block: Any) -> set[Any]:
-    """Every operation that a sine or cosine depends on, and the sines and cosines themselves."""
+def _of_timestep(block: Any) -> set[Any]:
+    """What is computed from the timestep in float32, which float16 cannot hold.
+
+    Every operation that a sine or cosine depends on, or, where the time path is folded into a
+    table (recipes/fold.py), the comparison with the table's timesteps; and these themselves.
+    """
     found: set[Any] = set()
-    waiting = [op for op in block.operations if op.op_type in ("sin", "cos")]
+    waiting = [op for op in block.operations if op.op_type in ("sin", "cos", "equal")]
     while waiting:
         op = waiting.pop()
         if op in found:

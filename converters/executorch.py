@@ -1,10 +1,11 @@
 """ExecuTorch: an exported component becomes one XNNPACK delegate in a `.pte` file.
 
 INT8 weights stay INT8 in the file. Where the plan leaves a layer's activations alone, XNNPACK
-multiplies them in float32 (converters/xnnpack.py). Where it says `int8_dynamic`, XNNPACK quantizes
-the layer's input as it comes: a linear's by token, a convolution's by sample. The torch module says
-exactly that (recipes/quantize.py); here its graph is only written down in the form that XNNPACK's
-partitioner looks for.
+multiplies them in float32 (converters/xnnpack.py). Where it says `int8_static`, the layer reads and
+writes int8 by the plan's scales. Where it says `int8_dynamic`, XNNPACK quantizes the layer's input
+as it comes: a linear's by token, a convolution's by sample. The torch module says exactly that
+(recipes/quantized_layers.py); here the dynamic graph is only written down in the form that
+XNNPACK's partitioner looks for.
 """
 
 if __name__ == "__main__":
@@ -13,12 +14,10 @@ if __name__ == "__main__":
 
     run("executorch")
 
-import copy
 import importlib.util
-import math
 import operator
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -31,6 +30,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from converters.components import Component
+from converters.layer_check import layer_check as layers_alone
 from converters.lowered import Lowered
 from converters.quiet import quiet
 from converters.support import Scheme
@@ -44,6 +44,7 @@ REWRITES = (
     "decomposed_group_norm",
     "decomposed_layer_norm",
     "upsample_by_concat",
+    "float_tiny_decoder",
     "constant_timesteps",
     "gathered_embeddings",
 )
@@ -112,80 +113,37 @@ def _lower(
     """An EdgeProgramManager with everything that XNNPACK takes handed to it."""
     with quiet("executorch", "torchao", "torch.utils._pytree"):
         try:
-            from executorch.exir import EdgeCompileConfig, to_edge
-
-            from converters import xnnpack
+            from converters import edge, xnnpack
         except ImportError as error:
             raise missing_backend("executorch", "executorch", "lowering to .pte") from error
         progress("lower to XNNPACK")
         own_storage(program)
         tidy(program.graph_module)
         write_dynamic_quantization(program.graph_module)
-        config = EdgeCompileConfig(_check_ir_validity=False, preserve_ops=[aten.linear.default])
         with xnnpack.extended():
             # One decomposition of the graph, where to_edge_transform_and_lower makes three.
-            return to_edge(program, compile_config=config).to_backend(xnnpack.partitioner())
+            return edge.to_edge(program).to_backend(xnnpack.Partitioner())
 
 
 def layer_check(
     component: Component,
     inputs: Mapping[str, np.ndarray],
+    options: ExecutorchOptions | None = None,
     progress: Callable[[str], None] = lambda phase: None,
     layers: Collection[str] | None = None,
 ) -> dict[str, float]:
-    """Each quantized layer alone in ExecuTorch, fed what the torch component feeds it.
-
-    component: not rewritten, so that its layers have the plan's names. inputs: by name, as the
-    component's. layers: which to check; all that quantize their activations by default.
-    Returns the SNR in dB of each layer's output against torch's, at most 200 (equal).
-    """
-    modules = dict(component.module.named_modules())
-    if layers is None:
-        layers = [
-            name
-            for name, module in modules.items()
-            if getattr(module, "activations", "none") != "none"
-        ]
-    figures: dict[str, float] = {}
-
-    def check(
-        name: str, layer: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
-    ) -> None:
-        if name not in figures:
-            progress(f"layer {len(figures) + 1} of {len(layers)}")
-            figures[name] = round(min(_layer_snr_db(layer, args[0], out), 200.0), 2)
-
-    hooks = [
-        modules[name].register_forward_hook(
-            lambda layer, args, out, name=name: check(name, layer, args, out)
-        )
-        for name in layers
-    ]
-    try:
-        with torch.no_grad():
-            component.module(*(torch.from_numpy(inputs[spec.name]) for spec in component.inputs))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return figures
+    """Each layer with quantized activations alone in ExecuTorch; see converters/layer_check.py."""
+    return layers_alone(component, inputs, _run_alone, progress, layers)
 
 
-def _layer_snr_db(layer: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> float:
-    x = x.contiguous()
-    # A hook would call this function again while the layer is traced.
-    alone = copy.copy(layer)
-    alone._forward_hooks = OrderedDict()
+def _run_alone(layers: Component, args: list[torch.Tensor]) -> list[torch.Tensor]:
     # The runtime warns that its Python interface may change.
     with quiet("executorch"), torch.no_grad():
         from executorch.runtime import Runtime
 
-        program = torch.export.export(alone, (x,))
-        buffer = _lower(program).to_executorch().buffer
+        buffer = _lower(torch.export.export(layers.module, tuple(args))).to_executorch().buffer
         loaded = Runtime.get().load_program(buffer)
-        (out,) = loaded.load_method("forward").execute([x])
-    signal = expected.double().square().sum()
-    noise = (out.double() - expected.double()).square().sum()
-    return float(10 * torch.log10(signal / noise)) if noise > 0 else math.inf
+        return [out.clone() for out in loaded.load_method("forward").execute(args)]
 
 
 def own_storage(program: torch.export.ExportedProgram) -> None:

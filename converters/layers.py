@@ -5,6 +5,7 @@ and `weight_zero_point`, with the output channels on axis 0. Both may hold `bias
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,10 @@ def scaled_linear(linear: nn.Module, factor: float) -> nn.Module:
     scaled = _copy(linear)
     _set(scaled, "weight_scale" if is_quantized(linear) else "weight", lambda w: w * factor)
     _set(scaled, "bias", lambda bias: bias * factor)
+    static = getattr(linear, "static", None)
+    if static is not None:
+        output = dataclasses.replace(static.output, scale=static.output.scale * factor)
+        scaled.static = dataclasses.replace(static, output=output)
     return scaled
 
 

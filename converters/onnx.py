@@ -11,21 +11,25 @@ if __name__ == "__main__":
     run("onnx")
 
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import nn
 
 from converters import components as exporting
-from converters.components import Component, share_structure
+from converters.components import Component
+from converters.layer_check import layer_check as layers_alone
 from converters.lowered import Lowered
 from converters.quiet import quiet
 from converters.support import Scheme
 from mobile_runtime.errors import UserError, choices, missing_backend
+from recipes import measure
 from recipes.schema import Recipe
 
 Precision = Literal["float32", "float16"]
@@ -39,7 +43,12 @@ REWRITES: tuple[str, ...] = ()
 LIMIT_BYTES = 2**31 - 2**26
 # onnxruntime rounds activations to INT8 where it fuses an INT8 weight into MatMulNBits (43 dB where
 # the weights alone give 120). Accuracy level 1 keeps them in float32.
-EXACT_SESSION = {"session.qdq_matmulnbits_accuracy_level": "1"}
+# On x86 it makes uint8 of some static activations and then leaves their layers in float; here
+# they stay int8, as on Arm, so that every layer of the plan is computed by an integer kernel.
+EXACT_SESSION = {
+    "session.qdq_matmulnbits_accuracy_level": "1",
+    "session.qdqisint8allowed": "1",
+}
 # This optimizer's result runs on x86 alone.
 X86_ONLY_OPTIMIZERS = ("NchwcTransformer",)
 
@@ -129,6 +138,31 @@ def lower(
     return Lowered(path, path.suffix[1:], details)
 
 
+def layer_check(
+    component: Component,
+    inputs: Mapping[str, np.ndarray],
+    options: OnnxOptions | None = None,
+    progress: Callable[[str], None] = lambda phase: None,
+    layers: Collection[str] | None = None,
+) -> dict[str, float]:
+    """Each layer with quantized activations alone in ONNX Runtime; see layer_check.py."""
+    return layers_alone(component, inputs, _run_alone, progress, layers)
+
+
+def _run_alone(layers: Component, args: list[torch.Tensor]) -> list[torch.Tensor]:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = lower(layers, torch.export.export(layers.module, tuple(args)), Path(folder)).path
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        for key, value in EXACT_SESSION.items():
+            options.add_session_config_entry(key, value)
+        session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    feeds = {spec.name: x.numpy() for spec, x in zip(layers.inputs, args, strict=True)}
+    return [torch.from_numpy(out) for out in session.run(None, feeds)]
+
+
 def write_optimum_files(
     pipeline: Any,
     folder: Path,
@@ -155,7 +189,7 @@ def write_optimum_files(
     for name in components:
         config = _config(modules[name])
         if name == "unet" and resolution is not None:
-            factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+            factor = measure.vae_factor(pipeline.vae)
             config["sample_size"] = [side // factor for side in resolution]
         _write_json(folder / name / "config.json", config)
     index = {
@@ -250,7 +284,7 @@ class _HalfInside(nn.Module):
 
 def _in_half(component: Component) -> Component:
     """The component with its weights in float16."""
-    half = share_structure(
+    half = measure.share_structure(
         component.module, lambda tensor: tensor.half() if tensor.is_floating_point() else tensor
     )
     for name, tensor in half.state_dict().items():

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import DecoderTiny
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
@@ -21,9 +22,9 @@ from torch import nn
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings
 
 from converters.attention import ExplicitAttention, ExplicitClipAttention
-from converters.components import share_structure
 from converters.layers import is_quantized, linear_rows, sliced_linear
 from mobile_runtime.errors import UserError, choices
+from recipes.measure import share_structure
 
 Rewrite = Callable[[nn.Module], nn.Module]
 
@@ -199,6 +200,23 @@ def upsample_by_concat(module: nn.Module) -> nn.Module:
     return _replace(module, nn.Upsample, ConcatDouble)
 
 
+class FloatTinyDecoder(nn.Module):
+    """DecoderTiny with float constants; whole numbers would be tensors of integers to convert."""
+
+    def __init__(self, decoder: DecoderTiny) -> None:
+        super().__init__()
+        self.layers = decoder.layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) to pictures (B, 3, H, W) in [-1, 1]."""
+        return self.layers(torch.tanh(x / 3.0) * 3.0) * 2.0 - 1.0
+
+
+def float_tiny_decoder(module: nn.Module) -> nn.Module:
+    """Replace the whole numbers in an AutoencoderTiny's decoder by floats."""
+    return _replace(module, DecoderTiny, FloatTinyDecoder)
+
+
 class ConstantTimesteps(nn.Module):
     """Sinusoidal timestep embedding whose frequencies are computed once."""
 
@@ -299,6 +317,7 @@ REWRITES: dict[str, Rewrite] = {
     "decomposed_group_norm": decomposed_group_norm,
     "decomposed_layer_norm": decomposed_layer_norm,
     "upsample_by_concat": upsample_by_concat,
+    "float_tiny_decoder": float_tiny_decoder,
     "constant_timesteps": constant_timesteps,
     "gathered_embeddings": gathered_embeddings,
 }

@@ -7,9 +7,7 @@ arXiv:2310.04378, DPM-Solver++ arXiv:2211.01095. Names: alpha and sigma with alp
 are the variance-preserving pair of a timestep; `_next` is the timestep that the step leads to.
 """
 
-import copy
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import ScheduleRow, ScheduleTable
+from recipes.schedulers import with_steps
 
 MAX_STEPS = 1000
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -71,14 +70,7 @@ def compile_schedule(scheduler: Any, steps: int) -> ScheduleTable:
 
 def _prepare(scheduler: Any, steps: int) -> Prepared:
     name = type(scheduler).__name__
-    ready = copy.deepcopy(scheduler)
-    try:
-        with warnings.catch_warnings():
-            # diffusers 0.39 makes numpy arrays of tensors in a way that numpy 2 deprecates.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            ready.set_timesteps(steps)
-    except ValueError as error:
-        raise UserError(f"{name} cannot make {steps} steps: {error}") from error
+    ready = with_steps(scheduler, steps)
     timesteps = ready.timesteps.double().numpy()
     falls = np.diff(timesteps) <= 0
     # diffusers looks the first timestep up by its value, so that one has to be unique.
@@ -273,23 +265,3 @@ SUPPORTED: dict[str, tuple[Callable[[Prepared], list[ScheduleRow]], dict[str, An
     ),
     "LCMScheduler": (_lcm, {}),
 }
-
-
-# A recipe's name for a scheduler, and the diffusers class that is compiled for it.
-CLASSES = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "lcm": "LCMScheduler",
-    "dpm_solver_pp_2m": "DPMSolverMultistepScheduler",
-    "ddpm": "DDPMScheduler",
-}
-
-
-def choose_scheduler(own: Any, name: str) -> Any:
-    """The recipe's scheduler with the noise schedule of the pipeline's own; 'source' keeps that."""
-    if name == "source":
-        return own
-    import diffusers
-
-    return getattr(diffusers, CLASSES[name]).from_config(own.config)

@@ -86,8 +86,14 @@ class LayerPlan(Strict):
     layer: str = Field(description="e.g. unet.down_blocks.0.resnets.0.conv1")
     weights: Literal["int8", "float16", "float32", "int4"]
     activations: Literal["none", "int8_dynamic", "int8_static"] = "none"
-    activation_scale: float | None = None
+    activation_scale: float | None = Field(
+        default=None, description="int8_static: input = scale * (integer - zero point)"
+    )
     activation_zero_point: int | None = None
+    output_scale: float | None = Field(
+        default=None, description="int8_static: of the output, whose integers the kernels write"
+    )
+    output_zero_point: int | None = None
     reason: str
 
 

@@ -29,6 +29,7 @@ def load(
     by default also rounds the activations to int8 (43 dB where the weights alone give 120). True
     keeps float32 activations, so that parity measures the conversion; False runs what an app
     with default session options runs.
+    With it, static int8 activations stay int8 on x86 too, and their layers in integer kernels.
     providers: execution providers, best first. threads: of one operator; 0 takes every core.
     """
     try:
@@ -45,6 +46,7 @@ def load(
     options.log_severity_level = 3
     if exact:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
     path = bundle.file(bundle.component(component).path)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))

@@ -3,6 +3,7 @@
 The folder is opened from local safetensors files only: no network, and no pickled code.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,14 +43,14 @@ def _open(folder: Path, component: str) -> Callable[..., Any]:
     with quiet_libraries():
         try:
             import torch
-            from diffusers import AutoencoderKL, UNet2DConditionModel
+            from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
             from transformers import CLIPTextModel
         except ImportError as error:
             raise missing_backend("torch and diffusers", "torch", "the backend torch") from error
         classes: dict[str, Any] = {
             "text_encoder": CLIPTextModel,
             "unet": UNet2DConditionModel,
-            "vae": AutoencoderKL,
+            "vae": AutoencoderTiny if _is_tiny(folder / subfolder) else AutoencoderKL,
         }
         try:
             module = classes[subfolder].from_pretrained(
@@ -63,7 +64,18 @@ def _open(folder: Path, component: str) -> Callable[..., Any]:
     if component == "vae_decoder":
         return lambda latents: module.decode(latents, return_dict=False)[0]
     if component == "vae_encoder":
+        if not hasattr(module, "quant_conv"):
+            raise UserError(
+                f"{folder / subfolder} holds an AutoencoderTiny, which has no vae_encoder; give a "
+                "folder whose vae is an AutoencoderKL"
+            )
         return lambda pixels: module.encode(pixels).latent_dist.parameters
     if component == "text_encoder":
         return lambda ids: module(ids, return_dict=False)[0]
     return lambda x, timestep, text: module(x, timestep, text, return_dict=False)[0]
+
+
+def _is_tiny(folder: Path) -> bool:
+    """Whether a VAE's folder holds diffusers' AutoencoderTiny."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return bool(config.get("_class_name") == "AutoencoderTiny")
