@@ -1,15 +1,14 @@
 """The command that the three targets share: `python -m converters.TARGET --recipe NAME`."""
 
 import argparse
-import importlib
-import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
-from mobile_runtime.errors import missing_backend, run_cli
+from mobile_runtime.errors import run_cli
 from mobile_runtime.manifest import Target
 from recipes import overrides, schema
+from recipes.quiet import IMPORT_CHATTER, import_torch, quiet
 
 TITLES: dict[Target, str] = {
     "coreml": "Core ML packages (.mlpackage, ML programs)",
@@ -73,7 +72,9 @@ def main(target: Target, argv: list[str]) -> int:
     arguments = parser_for(target).parse_args(argv)
     recipe = schema.load(arguments.recipe, _changes(arguments))
     # Only a request that is right so far is worth the seconds that these take.
-    _import_torch(target)
+    import_torch(target, "converting")
+    with quiet(*IMPORT_CHATTER):
+        import converters.convert  # noqa: F401
     from converters.convert import Request, convert, dry_run
     from converters.progress import Progress
 
@@ -95,26 +96,6 @@ def main(target: Target, argv: list[str]) -> int:
     _, html = write_report(report, bundle.path)
     print(f"{format_table(report)}\nreport: {html}")
     return 0 if report.verdict == "pass" else 1
-
-
-def _import_torch(target: Target) -> None:
-    """Import torch and what builds on it, without their chatter; UserError where one is missing."""
-    from converters.quiet import IMPORT_CHATTER, quiet
-
-    # diffusers sets its own level on import, to this.
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    with quiet(*IMPORT_CHATTER):
-        for library in ("torch", "transformers", "diffusers"):
-            try:
-                importlib.import_module(library)
-            except ImportError as error:
-                if error.name != library:
-                    raise  # it is installed, and broken
-                raise missing_backend(library, target, "converting") from error
-        # Loaded at first use, past `quiet`, if not here.
-        import diffusers.pipelines.stable_diffusion  # noqa: F401
-
-        import converters.convert  # noqa: F401
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, object]:

@@ -28,12 +28,12 @@ import torch
 from converters.components import Component
 from converters.layer_check import layer_check as layers_alone
 from converters.lowered import Lowered
-from converters.quiet import bars_told, quiet
 from converters.support import Scheme
 from mobile_runtime.backends.mil import Program
 from mobile_runtime.backends.mil.package import Package
 from mobile_runtime.backends.mil.values import Constant, parse_constant
 from mobile_runtime.errors import UserError, choices, missing_backend
+from recipes.quiet import bars_told, quiet
 from recipes.schema import Recipe
 
 DeploymentTarget = Literal["iOS15", "iOS16", "iOS17", "iOS18"]

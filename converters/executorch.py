@@ -32,9 +32,9 @@ from torch.fx import GraphModule, Node
 from converters.components import Component
 from converters.layer_check import layer_check as layers_alone
 from converters.lowered import Lowered
-from converters.quiet import quiet
 from converters.support import Scheme
 from mobile_runtime.errors import missing_backend
+from recipes.quiet import quiet
 from recipes.schema import Recipe
 
 # What XNNPACK cannot take as diffusers and transformers write it (converters/rewrites.py).

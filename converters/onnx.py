@@ -26,10 +26,10 @@ from converters import components as exporting
 from converters.components import Component
 from converters.layer_check import layer_check as layers_alone
 from converters.lowered import Lowered
-from converters.quiet import quiet
 from converters.support import Scheme
 from mobile_runtime.errors import UserError, choices, missing_backend
 from recipes import measure
+from recipes.quiet import quiet
 from recipes.schema import Recipe
 
 Precision = Literal["float32", "float16"]

@@ -10,6 +10,12 @@ The command runs a recipe's stages alone, also on several GPUs or nodes:
 `accelerate launch -m recipes.distill --recipe NAME --output FOLDER`.
 """
 
+if __name__ == "__main__":
+    # Before the imports below, which would chatter.
+    from recipes.quiet import import_torch
+
+    import_torch("train", "training")
+
 import copy
 from collections.abc import Callable
 from functools import partial

@@ -4,6 +4,12 @@ The recipe's stages run one after the other, and after each that changes the fun
 last, the pipeline is evaluated (evaluation.py).
 """
 
+if __name__ == "__main__":
+    # Before the imports below, which would chatter.
+    from recipes.quiet import import_torch
+
+    import_torch("torch", "evaluating")
+
 import argparse
 import hashlib
 from collections.abc import Sequence

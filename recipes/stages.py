@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from recipes.schema import PRESERVING, Recipe, Stage
 from recipes.work import Done, Outcome, Work
 
 PLAN = "quantization_plan.json"
+SUPERSEDED = "not needed: what was trained from it is kept"
 
 
 def _nothing_to_check(pipeline: Any, settings: Any, recipe: Recipe) -> None:
@@ -129,7 +131,7 @@ def apply(
     chosen: Sequence[Stage] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
     cache: Path | None = None,
-    seen: Callable[[Applied], None] = lambda applied: None,
+    seen: Callable[[Applied], object] | None = None,
 ) -> Applied:
     """Run stages in order, on a pipeline that may be changed in place.
 
@@ -146,9 +148,14 @@ def apply(
     done = Done.before(pipeline, recipe, cache, keeps)
     teacher = pipeline.unet
     before = _measure(pipeline, recipe)
-    for stage in chosen:
+    for index, stage in enumerate(chosen):
         progress(stage.name)
         functions = STAGES[stage.name]
+        later = tuple(takewhile(lambda one, same=stage.name: one.name == same, chosen[index + 1 :]))
+        if seen is None and functions.trained and done.superseded(stage, later):
+            done.add(stage)
+            applied.records.append({"stage": stage.name, "trained": SUPERSEDED})
+            continue
         with done.work(stage, functions.trained, teacher) as work:
             outcome = work.found(applied.pipeline) or work.keep(
                 functions.run(applied.pipeline, stage.settings, work)
@@ -163,7 +170,8 @@ def apply(
         before = after
         if stage.distill:
             teacher = outcome.pipeline.unet
-        seen(applied)
+        if seen is not None:
+            seen(applied)
     return applied
 
 

@@ -25,6 +25,8 @@ from recipes.settings import TrainingSettings
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMOOTHING = 0.98
+CURVE_POINTS = 500
+"""About as many points has the curve of the loss."""
 MAX_NORM = 1.0
 """Gradients are clipped to this norm."""
 
@@ -157,8 +159,9 @@ def train(job: Job) -> Any:
         done = step + 1
         end = done == settings.iterations
         if where.is_main_process:
-            if end or done % settings.save_every == 0 or done % settings.watch_every == 0:
+            if end or done % max(1, settings.iterations // CURVE_POINTS) == 0:
                 history.append((done, smooth))
+            if end or done % settings.save_every == 0 or done % settings.watch_every == 0:
                 _save(job, module, optimizer, average, done, history)
             if job.watch and (end or done % settings.watch_every == 0):
                 _show(job, average.eval(), done, history)

@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +116,31 @@ class Done:
         inputs: list[Any] = [fingerprint(pipeline), recipe.resolution] if keeps else []
         return cls(recipe, cache or default_cache(), inputs)
 
+    def add(self, stage: Stage) -> tuple[str, Path]:
+        """Count a stage among the inputs of the next; its result's key, and its place."""
+        self.inputs.append([stage.name, _contents(stage.settings.model_dump(mode="json"))])
+        key = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+        return key, self.cache / f"{stage.name}-{key[:16]}"
+
+    def superseded(self, stage: Stage, later: Iterable[Stage]) -> bool:
+        """Whether a stage's result is of no use, since one that was trained from it is kept.
+
+        later: the stages right after it that train the same components.
+        """
+        ahead = replace(self, inputs=list(self.inputs))
+        ahead.add(stage)
+        return any(_is_kept(ahead.add(following)[1]) for following in later)
+
     @contextlib.contextmanager
     def work(self, stage: Stage, trained: tuple[str, ...], teacher: Any) -> Iterator[Work]:
         """The stage's place to work. Only one process at a time trains the same thing."""
-        self.inputs.append([stage.name, _contents(stage.settings.model_dump(mode="json"))])
+        key, kept = self.add(stage)
         if not trained:
             yield Work(self.recipe, teacher, folder=Path())
             return
-        key = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
-        kept = self.cache / f"{stage.name}-{key[:16]}"
         folder = kept.with_name(f"{kept.name}.work")
         work = Work(self.recipe, teacher, folder, trained, kept, key)
-        if any((place / RECORD).is_file() for place in (SHIPPED / kept.name, kept)):
+        if _is_kept(kept):
             yield work
             return
         if not _is_main_process():
@@ -136,6 +149,10 @@ class Done:
         with _alone(folder):
             yield work
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_kept(kept: Path) -> bool:
+    return any((place / RECORD).is_file() for place in (SHIPPED / kept.name, kept))
 
 
 def _is_main_process() -> bool:

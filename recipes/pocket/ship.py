@@ -5,6 +5,12 @@ Every user of the recipe then finds them there (recipes/work.py), and trains not
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below, which would chatter.
+    from recipes.quiet import import_torch
+
+    import_torch("train", "training")
+
 import argparse
 import shutil
 

@@ -1,5 +1,6 @@
 """Distillation learns from the teacher, resumes, is kept, and leaves the teacher alone."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,8 @@ def test_it_leaves_pictures_and_a_loss_curve_to_look_at(prompts: Path, tmp_path:
     (kept,) = (tmp_path / "cache").iterdir()
     names = {path.name for path in (kept / "training").iterdir()}
     assert names == {"output-000002.png", "output-loss.csv", "output-loss.png"}
-    assert (kept / "training" / "output-loss.csv").read_text().startswith("step,loss")
+    table = (kept / "training" / "output-loss.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in table] == ["step", "1", "2"]
 
 
 def test_the_same_numbers_are_drawn_whoever_asks(prompts: Path, tmp_path: Path) -> None:
@@ -381,3 +383,36 @@ def test_two_processes_do_not_train_the_same_thing(prompts: Path, tmp_path: Path
         second.work(asked.stages[0], ("unet",), None),
     ):
         pass
+
+
+def test_a_result_that_only_led_to_a_kept_one_is_not_needed(prompts: Path, tmp_path: Path) -> None:
+    first = {"method": "progressive", "steps": 2, "teacher_steps": 4, **SMALL}
+    second = {"method": "progressive", "steps": 1, "teacher_steps": 2, **SMALL}
+    data = recipe(prompts, method="lcm").resolved()
+    data["stages"] = [{"distill": {**one, "prompts": str(prompts)}} for one in (first, second)]
+    asked = schema.parse(data)
+    cache = tmp_path / "cache"
+    whole = stages.apply(make_tiny_pipeline(), asked, cache=cache)
+    for folder in cache.iterdir():
+        if folder.name == whole.records[0]["result"]:
+            shutil.rmtree(folder)
+    again = stages.apply(make_tiny_pipeline(), asked, cache=cache)
+    assert again.records[0] == {"stage": "distill", "trained": stages.SUPERSEDED}
+    assert again.records[1]["result"] == whole.records[1]["result"]
+    assert [folder.name for folder in cache.iterdir()] == [whole.records[1]["result"]]
+    for name, value in again.pipeline.unet.state_dict().items():
+        assert torch.equal(value, whole.pipeline.unet.state_dict()[name])
+
+
+@pytest.mark.parametrize("name", [name for name in schema.names() if name.startswith("pocket")])
+def test_what_the_shipped_recipes_train_is_in_the_package(name: str, tmp_path: Path) -> None:
+    """A change of a setting or of the source's weights needs `recipes.pocket.ship` again."""
+    from recipes.sources import open_source
+
+    asked = schema.load(name)
+    pipeline = open_source("embedded").pipeline
+    applied = stages.apply(pipeline, asked, stages.changing(asked), cache=tmp_path / "cache")
+    trained = [record for record in applied.records if stages.STAGES[record["stage"]].trained]
+    told = {"earlier, found in the package", stages.SUPERSEDED}
+    assert all(record["trained"] in told for record in trained)
+    assert not (tmp_path / "cache").exists()

@@ -127,3 +127,48 @@ def test_a_save_that_fails_leaves_nothing_behind(
     with pytest.raises(OSError, match="No space"):
         stages.save(tiny_pipeline, [], tmp_path / "result")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_stages_compose_and_tell_what_each_changed(tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny, DiffusionPipeline
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a tent\na stone\n")
+    training = {"iterations": 2, "batch": 2, "warmup": 0, "prompts": str(prompts)}
+    asked = schema.parse(
+        {
+            "name": "x",
+            "source": {"model": "embedded"},
+            "resolution": 64,
+            "schedule": {"steps": 2, "guidance_scale": 0.0},
+            "stages": [
+                {"prune": {"blocks": "bk_small"}},
+                {"distill": {"method": "output", "steps": 2, "feature_weight": 0.5, **training}},
+                {"decoder": {"channels": 8, "blocks": 1, "pictures": 2, "held_out": 2, **training}},
+                {"fold": {}},
+                {"quantize": {}},
+            ],
+        }
+    )
+    pipeline = make_tiny_pipeline()
+    outline = stages.check(pipeline, asked)
+    applied = stages.apply(pipeline, asked, cache=tmp_path / "cache")
+    names = ["prune", "distill", "decoder", "fold", "quantize"]
+    assert [record["stage"] for record in applied.records] == names
+    for earlier, later in zip(applied.records, applied.records[1:], strict=False):
+        assert later["before"] == earlier["after"]
+    for name, smaller in (("prune", "unet"), ("decoder", "vae_decoder"), ("fold", "unet")):
+        record = applied.records[names.index(name)]
+        assert record["after"][smaller]["parameters"] < record["before"][smaller]["parameters"]
+    # What `check` foretold has the shapes of what came.
+    for part in ("unet", "vae"):
+        foretold = {k: v.shape for k, v in getattr(outline, part).state_dict().items()}
+        before_quantize = stages.apply(
+            make_tiny_pipeline(), asked, asked.stages[:-1], cache=tmp_path / "cache"
+        )
+        came = getattr(before_quantize.pipeline, part).state_dict()
+        assert {k: v.shape for k, v in came.items()} == foretold
+    stages.save(applied.pipeline, applied.plans, tmp_path / "saved")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved", local_files_only=True)
+    assert type(loaded.vae) is AutoencoderTiny
+    assert loaded.unet.mid_block is None

@@ -1,12 +1,16 @@
-"""Keeps the chatter of the conversion libraries off a user's screen; errors still come through."""
+"""Keeps the chatter of the libraries off a user's screen; errors still come through."""
 
 import contextlib
+import importlib
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TextIO
+
+from mobile_runtime.errors import missing_backend
 
 # What these say on import is about parts of theirs that nobody uses here (CUDA kernels, other
 # packages' versions), and a user would take it for trouble.
@@ -26,6 +30,22 @@ def quiet(*loggers: str) -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+def import_torch(extra: str, needed_for: str) -> None:
+    """Import torch and what builds on it, without their chatter; UserError where one is missing."""
+    # diffusers sets its own level on import, to this.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    with quiet(*IMPORT_CHATTER):
+        for library in ("torch", "transformers", "diffusers"):
+            try:
+                importlib.import_module(library)
+            except ImportError as error:
+                if error.name != library:
+                    raise  # it is installed, and broken
+                raise missing_backend(library, extra, needed_for) from error
+        # Loaded at first use, past `quiet`, if not here.
+        importlib.import_module("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
 
 
 @contextlib.contextmanager
