@@ -138,7 +138,8 @@ def apply(
     chosen: some of the recipe's stages, in its order, where those before them have run; all of
     them by default. progress: called with each stage's name before it runs. cache: where trained
     results are kept, and found again (work.py has the default). seen: called after each stage with
-    what there is so far; later stages may change its pipeline. Raises UserError before any stage
+    what there is so far; later stages may change its pipeline. Unless somebody looks, a training is
+    skipped whose result only led to another that is kept. Raises UserError before any stage
     works.
     """
     chosen = recipe.stages if chosen is None else chosen
@@ -151,8 +152,11 @@ def apply(
     for index, stage in enumerate(chosen):
         progress(stage.name)
         functions = STAGES[stage.name]
-        later = tuple(takewhile(lambda one, same=stage.name: one.name == same, chosen[index + 1 :]))
-        if seen is None and functions.trained and done.superseded(stage, later):
+        if (
+            seen is None
+            and functions.trained
+            and done.superseded(stage, _retrained(chosen[index:]))
+        ):
             done.add(stage)
             applied.records.append({"stage": stage.name, "trained": SUPERSEDED})
             continue
@@ -173,6 +177,12 @@ def apply(
         if seen is not None:
             seen(applied)
     return applied
+
+
+def _retrained(chosen: Sequence[Stage]) -> Sequence[Stage]:
+    """The stages right after the first that are of its kind, and train what it trained."""
+    kind = chosen[0].name
+    return tuple(takewhile(lambda stage: stage.name == kind, chosen[1:]))
 
 
 def _measure(pipeline: Any, recipe: Recipe) -> dict[str, dict[str, int]]:
