@@ -24,11 +24,19 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | show | check")
-    commands.add_parser("list", help="the recipes that the package ships, and their purposes")
-    show = commands.add_parser("show", help="a whole recipe, its defaults filled in, as YAML")
+    shown = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    told = {
+        "list": "the recipes that the package ships, and their purposes",
+        "show": "a whole recipe, its defaults filled in, as YAML",
+        "check": "every fault of a recipe, or that it is fine",
+    }
+    parsers = {
+        name: commands.add_parser(name, help=text, description=f"Tell {text}.", **shown)
+        for name, text in told.items()
+    }
+    show, check = parsers["show"], parsers["check"]
     show.add_argument("recipe", metavar="NAME", help="a shipped recipe, or a .yaml file")
     add_arguments(show)
-    check = commands.add_parser("check", help="every fault of a recipe, or that it is fine")
     check.add_argument("recipe", metavar="FILE", help="a .yaml file, or a shipped recipe")
     add_arguments(check)
     arguments = parser.parse_args(argv)

@@ -308,7 +308,7 @@ def main(argv: list[str]) -> int:
         prog="python -m recipes.distill",
         description="Run a recipe's stages alone, and save the result as a diffusers folder.",
         epilog="examples:\n  python -m recipes.distill --recipe pocket_turbo --output turbo\n"
-        "  accelerate launch -m recipes.distill --recipe sd_turbo_small_int8 --output small",
+        "  accelerate launch -m recipes.distill --recipe my_recipe.yaml --output small",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", required=True, metavar="NAME", help="or a .yaml file")

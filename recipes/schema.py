@@ -322,7 +322,7 @@ def find(name_or_path: str) -> Path:
         if not path.is_file():
             raise UserError(f"there is no recipe file {path}; `python -m recipes list` shows names")
         return path
-    hint = did_you_mean(name_or_path, names())
+    hint = did_you_mean(name_or_path, names()).removesuffix("?")
     raise UserError(
         f"unknown recipe {name_or_path!r}{hint}; choose one of: {', '.join(names())}, "
         "or give the path of a .yaml file"

@@ -69,10 +69,11 @@ class Work:
             return None
         for folder in (SHIPPED / self.kept.name, self.kept):
             if (folder / RECORD).is_file():
-                kept = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-                if kept["key"] != self.key:
+                kept = _read_record(folder)
+                if kept.get("key") != self.key:
                     raise UserError(
-                        f"{folder} is the result of other inputs than its name says; delete it"
+                        f"{folder} is damaged, or the result of other inputs than its name says; "
+                        "delete it"
                     )
                 modules = {name: component_folder.load(folder / name) for name in self.trained}
                 found_in = "the package" if folder.parent == SHIPPED else "the cache"
@@ -98,6 +99,8 @@ class Work:
             shutil.copy2(left, fresh / "training" / left.name)
         record = {"key": self.key, "record": outcome.record}
         (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        # Without its record, what lies there is no result.
+        shutil.rmtree(self.kept, ignore_errors=True)
         fresh.rename(self.kept)
         return outcome
 
@@ -149,6 +152,14 @@ class Done:
         with _alone(folder):
             yield work
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("record"), dict) else {}
 
 
 def _is_kept(kept: Path) -> bool:

@@ -7,6 +7,12 @@ are drawn.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the imports below, which would chatter.
+    from recipes.quiet import import_torch
+
+    import_torch("train", "training")
+
 import argparse
 import json
 import time

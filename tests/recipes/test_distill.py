@@ -404,6 +404,20 @@ def test_a_result_that_only_led_to_a_kept_one_is_not_needed(prompts: Path, tmp_p
         assert torch.equal(value, whole.pipeline.unet.state_dict()[name])
 
 
+def test_a_damaged_record_of_a_kept_result_is_told(prompts: Path, tmp_path: Path) -> None:
+    asked = recipe(prompts, method="output", iterations=1)
+    cache = tmp_path / "cache"
+    stages.apply(make_tiny_pipeline(), asked, cache=cache)
+    (kept,) = cache.iterdir()
+    for damage in ("{", "[]", '{"key": "another", "record": {}}'):
+        (kept / work.RECORD).write_text(damage)
+        with pytest.raises(UserError, match=r"is damaged, or the result of other inputs .* delete"):
+            stages.apply(make_tiny_pipeline(), asked, cache=cache)
+    (kept / work.RECORD).unlink()  # as if somebody had begun to delete it: trained again
+    stages.apply(make_tiny_pipeline(), asked, cache=cache)
+    assert (kept / work.RECORD).is_file()
+
+
 @pytest.mark.parametrize("name", [name for name in schema.names() if name.startswith("pocket")])
 def test_what_the_shipped_recipes_train_is_in_the_package(name: str, tmp_path: Path) -> None:
     """A change of a setting or of the source's weights needs `recipes.pocket.ship` again."""
