@@ -80,7 +80,6 @@ def test_a_wrong_resolution_and_a_wrong_pattern_are_told_at_once(capsys, tmp_pat
     [
         (["--resolution", "65"], "multiple of 32"),
         (["--set", RULE_FOR_NOTHING], "unet.conv_inn"),
-        (["--set", "stages.quantize.activations=int8_static"], "for ExecuTorch int8_dynamic"),
         (["--set", "schedule.scheduler=lcm", "--steps", "51"], "LCMScheduler cannot make 51"),
     ],
 )

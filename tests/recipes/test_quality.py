@@ -198,7 +198,7 @@ def test_one_picture_has_no_distribution(distance: object) -> None:
     arrays.arrays(np.uint8, (1, 12, 13, 3)),
     arrays.arrays(np.uint8, (1, 12, 13, 3)),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_ssim_is_between_minus_one_and_one(a: np.ndarray, b: np.ndarray) -> None:
-    assert -1 <= quality.ssim(a, b) <= 1
+    assert -1 - 1e-12 <= quality.ssim(a, b) <= 1 + 1e-12  # float64's rounding
     assert (quality.ssim(a, b) == pytest.approx(1, abs=1e-12)) or not np.array_equal(a, b)
