@@ -24,14 +24,19 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | show | check")
-    shown = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     told = {
         "list": "the recipes that the package ships, and their purposes",
         "show": "a whole recipe, its defaults filled in, as YAML",
         "check": "every fault of a recipe, or that it is fine",
     }
     parsers = {
-        name: commands.add_parser(name, help=text, description=f"Tell {text}.", **shown)
+        name: commands.add_parser(
+            name,
+            help=text,
+            description=f"Tell {text}.",
+            epilog=EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         for name, text in told.items()
     }
     show, check = parsers["show"], parsers["check"]
