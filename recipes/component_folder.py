@@ -40,4 +40,6 @@ def load(folder: Path) -> Any:
         raise UserError(
             f"{folder} cannot be read ({error}); if it is a kept result, delete it"
         ) from error
+    # diffusers notes the folder, which is nobody else's business.
+    loaded.register_to_config(_name_or_path="")
     return loaded.eval().requires_grad_(False)
