@@ -92,22 +92,12 @@ def scheduler_after(scheduler: Any, settings: DistillSettings) -> Any:
 
     if settings.method == "output":
         return scheduler
+    own: dict[str, Any] = {"set_alpha_to_one": True, "clip_sample": False, "steps_offset": 1}
     if settings.method == "progressive":
-        return diffusers.DDIMScheduler.from_config(
-            scheduler.config,
-            timestep_spacing="trailing",
-            set_alpha_to_one=True,
-            clip_sample=False,
-            steps_offset=1,
-        )
-    return diffusers.LCMScheduler.from_config(
-        scheduler.config,
-        timestep_spacing="leading",
-        set_alpha_to_one=True,
-        clip_sample=False,
-        steps_offset=1,
-        original_inference_steps=_solver_steps(settings),
-    )
+        own["timestep_spacing"] = "trailing"
+        return diffusers.DDIMScheduler.from_config(scheduler.config, **own)
+    own |= {"timestep_spacing": "leading", "original_inference_steps": _solver_steps(settings)}
+    return diffusers.LCMScheduler.from_config(scheduler.config, **own)
 
 
 def run(pipeline: Any, settings: DistillSettings, work: Work) -> Outcome:

@@ -38,6 +38,13 @@ def check(named: str | None) -> None:
         read(Path(named).expanduser())
 
 
+def default_of(recipe: Recipe) -> str:
+    """Which prompts `drawer` gives without a file: the same text for the same prompts."""
+    if recipe.source.model == "embedded":
+        return "the captions of the embedded model"
+    return "\n".join(read(DEFAULT))
+
+
 def drawer(named: str | None, recipe: Recipe) -> Draw:
     """A function (random numbers, n) -> n prompts.
 

@@ -21,7 +21,7 @@ import torch
 
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
-from recipes import component_folder
+from recipes import component_folder, prompts
 from recipes.measure import COMPONENTS, with_modules
 from recipes.schema import Recipe, Stage
 
@@ -121,7 +121,14 @@ class Done:
 
     def add(self, stage: Stage) -> tuple[str, Path]:
         """Count a stage among the inputs of the next; its result's key, and its place."""
-        self.inputs.append([stage.name, _contents(stage.settings.model_dump(mode="json"))])
+        settings = _contents(stage.settings.model_dump(mode="json"))
+        if "prompts" in settings and settings["prompts"] is None:
+            settings["prompts"] = prompts.default_of(self.recipe)
+        entry = [stage.name, settings]
+        if stage.decoder:
+            # Its latents are drawn by the recipe's schedule; a distillation names its own.
+            entry.append(self.recipe.schedule.model_dump(mode="json"))
+        self.inputs.append(entry)
         key = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
         return key, self.cache / f"{stage.name}-{key[:16]}"
 

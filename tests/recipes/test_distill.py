@@ -373,6 +373,29 @@ def test_other_settings_other_prompts_and_other_weights_are_another_training(
     assert len(keys) == 4
 
 
+def test_what_a_training_draws_by_is_a_part_of_its_key(prompts: Path, tmp_path: Path) -> None:
+    """A decoder learns from what the schedule draws, and no prompts mean the source's own."""
+
+    def key(**changes: Any) -> str:
+        data = {"steps": 2, "model": "embedded", "prompts": str(prompts), **changes}
+        stage = {"decoder": {"iterations": 1, "prompts": data["prompts"]}}
+        asked = schema.parse(
+            {
+                "name": "x",
+                "source": {"model": data["model"]},
+                "resolution": 64,
+                "schedule": {"steps": data["steps"], "guidance_scale": 0.0},
+                "stages": [stage],
+            }
+        )
+        return work.Done(asked, tmp_path, []).add(asked.stages[0])[0]
+
+    assert key() == key()
+    assert key() != key(steps=4)
+    assert key() == key(model="somewhere/else")
+    assert key(prompts=None) != key(prompts=None, model="somewhere/else")
+
+
 def test_two_processes_do_not_train_the_same_thing(prompts: Path, tmp_path: Path) -> None:
     asked = recipe(prompts, method="lcm")
     pipeline = make_tiny_pipeline()
