@@ -8,10 +8,11 @@ level; so layers go in pairs, and of the levels only the innermost can go.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from mobile_runtime.errors import UserError
+from recipes import widths
 from recipes.faults import did_you_mean
 
 Preset = Literal["bk_base", "bk_small", "bk_tiny"]
@@ -215,7 +216,7 @@ def _config(
 
 
 def _carry_over(unet: Any, config: dict[str, Any], kept: dict[str, list[int]]) -> Any:
-    """A UNet of the new configuration with the weights of the old one."""
+    """A UNet of the new configuration with the old one's weights, inner widths included."""
     lost = len(unet.down_blocks) - len(config["down_block_types"])
 
     def original(path: str) -> str:
@@ -228,7 +229,16 @@ def _carry_over(unet: Any, config: dict[str, Any], kept: dict[str, list[int]]) -
 
         return _LAYER.sub(renumbered, path, count=1)
 
-    made = empty(config)
+    made = widths.empty(config)
+    before = widths.groups(unet)
+    made = widths.narrow(
+        made,
+        {
+            path: range(before[original(path)].width)
+            for path, group in widths.groups(made).items()
+            if original(path) in before and before[original(path)].width < group.width
+        },
+    )
     weights = unet.state_dict()
     faults: dict[str, str] = {}
     for key, tensor in made.state_dict().items():
@@ -243,16 +253,6 @@ def _carry_over(unet: Any, config: dict[str, Any], kept: dict[str, list[int]]) -
         raise UserError("; ".join(faults.values()))
     made.load_state_dict({key: weights[original(key)] for key in made.state_dict()}, assign=True)
     return made.requires_grad_(False).train(unet.training)
-
-
-def empty(config: Mapping[str, Any]) -> Any:
-    """The UNet that a configuration builds, on the meta device."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(dict(config))
-    return unet
 
 
 def _heads(block: Any) -> list[int]:

@@ -8,13 +8,19 @@ import torch
 
 from mobile_runtime.bundle import open_to_others
 from mobile_runtime.errors import UserError
+from recipes import widths
 
 MODELS = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
 
 
 def save(component: Any, folder: Path) -> None:
-    """Write a module or a scheduler; weights in the precision that they have."""
+    """Write a module or a scheduler; weights in the precision that they have.
+
+    A UNet whose inner widths were pruned gets the table that `load` needs (widths.py).
+    """
     component.save_pretrained(folder)
+    if type(component).__name__ == "UNet2DConditionModel":
+        widths.write(component, folder)
     open_to_others(folder)
 
 
@@ -32,6 +38,8 @@ def load(folder: Path) -> Any:
             return kind.from_pretrained(folder, local_files_only=True)
         if kind is None or name not in MODELS:
             raise UserError(f"{folder} holds a {name}, which is none of: {', '.join(MODELS)}")
+        if (folder / widths.FILE).is_file():
+            return widths.open_unet(folder, sorted(folder.glob("*.safetensors")))
         module: Any = kind
         loaded = module.from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True

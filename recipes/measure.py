@@ -73,6 +73,27 @@ def vae_factor(vae: Any) -> int:
     return 2 ** (len(widths) - 1)
 
 
+# The blocks that ask their upsampler for the size that was halved, also where it is odd.
+_ANY_SIZE = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+def size_multiple(pipeline: Any) -> int:
+    """What a picture's height and width have to be a multiple of, in pixels.
+
+    The VAE's factor: diffusers' UNets halve n latents to ceil(n / 2), and double these to n again.
+    A UNet of other blocks, or whose halving drops the odd latent (`downsample_padding` 0), needs
+    latents that halve evenly at all its levels.
+    """
+    config = pipeline.unet.config
+    plain = all(set(config[key]) <= set(kinds) for key, kinds in _ANY_SIZE.items())
+    if plain and config.downsample_padding == 1:
+        return vae_factor(pipeline.vae)
+    return vae_factor(pipeline.vae) * 2 ** (len(config.block_out_channels) - 1)
+
+
 def latent_size(pipeline: Any, height: int, width: int) -> tuple[int, int]:
     """Height and width of the latents of a picture."""
     factor = vae_factor(pipeline.vae)

@@ -40,6 +40,11 @@ def _open(folder: Path, component: str) -> Callable[..., Any]:
     subfolder = "text_encoder" if component == "text_encoder" else subfolder
     if not (folder / subfolder / "config.json").is_file():
         raise UserError(f"{folder} is not a diffusers pipeline: it has no {subfolder}/config.json")
+    if (folder / subfolder / "widths.json").is_file():
+        raise UserError(
+            f"the UNet in {folder} has pruned channels, which diffusers alone cannot open; compare "
+            "with the pipeline that it was pruned from"
+        )
     with quiet_libraries():
         try:
             import torch

@@ -80,17 +80,20 @@ def open_source(model: str, revision: str | None = None, *, weights: bool = True
 
 
 def check_resolution(pipeline: Any, height: int, width: int) -> None:
-    """Refuse a picture size that the VAE and the UNet's levels cannot halve evenly."""
-    levels = (pipeline.vae.config.block_out_channels, pipeline.unet.config.block_out_channels)
-    multiple = 2 ** sum(len(widths) - 1 for widths in levels)
+    """Refuse a picture size that the VAE, or this UNet's levels, cannot reduce evenly."""
+    from recipes.measure import size_multiple, vae_factor
+
+    multiple = size_multiple(pipeline)
+    needed_by = "VAE needs" if multiple == vae_factor(pipeline.vae) else "VAE and UNet need"
     faults = []
     for side, name in ((height, "height"), (width, "width")):
-        below, above = side // multiple * multiple, (side // multiple + 1) * multiple
-        if side != below:
+        below = max(side, 0) // multiple * multiple
+        above = below + multiple
+        if side != below or not below:
             nearest = f"{below} or {above}" if below else f"{above}"
             faults.append(
                 f"resolution: a {name} of {side} pixels is no multiple of {multiple}, which this "
-                f"pipeline's VAE and UNet need; the nearest is {nearest}"
+                f"pipeline's {needed_by}; the nearest is {nearest}"
             )
     if faults:
         raise UserError("; ".join(faults))

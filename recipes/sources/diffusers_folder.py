@@ -119,6 +119,8 @@ def open_folder(
             modules[component] = empty_module(
                 component, classes[component], configs[component], where
             )
+            if component == "unet":
+                modules[component] = _narrowed(modules[component], folder / component)
     pipeline = assemble(
         **modules,
         tokenizer=_load_tokenizer(folder, where),
@@ -298,6 +300,10 @@ def load_module(folder: Path, component: str, name: str, variant: str | None, wh
     import torch
     import transformers
 
+    from recipes import widths
+
+    if component == "unet" and (folder / widths.FILE).is_file():
+        return widths.open_unet(folder, weight_files(folder, component, where)[0])
     options: dict[str, Any] = {
         "use_safetensors": True,
         "variant": variant,
@@ -333,6 +339,12 @@ def empty_module(component: str, name: str, config: dict[str, Any], where: str) 
         if component == "text_encoder":
             return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(config))
         return getattr(diffusers, name).from_config(config)
+
+
+def _narrowed(unet: Any, folder: Path) -> Any:
+    from recipes import widths
+
+    return widths.read(unet, folder)
 
 
 def _load_tokenizer(folder: Path, where: str) -> Any:

@@ -235,7 +235,6 @@ def test_bk_base_of_a_unet_with_one_layer_a_level_is_refused(tiny_pipeline: Any)
     ("settings", "told"),
     [
         ({}, "names nothing to prune"),
-        ({"channels": {"macs": 0.4}}, "channels"),
         ({"blocks": "bk_huge"}, "bk_base"),
     ],
 )

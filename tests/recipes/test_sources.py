@@ -8,10 +8,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from mobile_runtime.errors import UserError
@@ -200,22 +202,48 @@ class TestFolder:
 @pytest.mark.parametrize(
     ("size", "said"),
     [
-        ((65, 64), "height of 65 pixels is no multiple of 64"),
-        ((64, 100), "the nearest is 64 or 128"),
-        ((32, 64), "the nearest is 64"),
+        ((65, 64), "height of 65 pixels is no multiple of 8, which this pipeline's VAE needs"),
+        ((64, 100), "the nearest is 96 or 104"),
+        ((4, 64), "the nearest is 8"),
     ],
 )
-def test_a_resolution_that_the_levels_cannot_halve_names_the_nearest(
+def test_a_resolution_that_the_vae_cannot_reduce_names_the_nearest(
     tiny_pipeline: Any, size: tuple[int, int], said: str
 ) -> None:
-    check_resolution(tiny_pipeline, 64, 192)
+    check_resolution(tiny_pipeline, 8, 200)
     with pytest.raises(UserError, match=said):
         check_resolution(tiny_pipeline, *size)
 
 
 def test_both_sides_of_a_wrong_resolution_are_told(tiny_pipeline: Any) -> None:
-    with pytest.raises(UserError, match=r"height of 65 .* width of 72"):
-        check_resolution(tiny_pipeline, 65, 72)
+    with pytest.raises(UserError, match=r"height of 65 .* width of 70"):
+        check_resolution(tiny_pipeline, 65, 70)
+
+
+@pytest.mark.parametrize(
+    ("config", "multiple"),
+    [
+        ({}, 8),
+        ({"downsample_padding": 0}, 16),
+        ({"up_block_types": ("AttnUpBlock2D", "CrossAttnUpBlock2D")}, 16),
+    ],
+)
+def test_a_unet_that_cannot_double_to_an_odd_size_needs_latents_that_halve_evenly(
+    tiny_pipeline: Any, config: dict[str, Any], multiple: int
+) -> None:
+    plain = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**plain | config)
+    pipeline = SimpleNamespace(unet=unet, vae=tiny_pipeline.vae)
+    check_resolution(pipeline, 2 * multiple, multiple)
+    with pytest.raises(UserError, match=f"no multiple of {multiple}, .* the nearest is {multiple}"):
+        check_resolution(pipeline, multiple + multiple // 2, multiple)
 
 
 class TestNames:
@@ -417,7 +445,7 @@ class TestRandom:
         source = open_source("random:sd_turbo", weights=False)
         assert source.pipeline.unet.conv_in.weight.is_meta
         assert source.info == {"kind": "random", "id": "random:sd_turbo", "seed": 0}
-        with pytest.raises(UserError, match="no multiple of 64"):
+        with pytest.raises(UserError, match="no multiple of 8"):
             check_resolution(source.pipeline, 500, 512)
 
 
