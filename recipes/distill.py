@@ -4,7 +4,8 @@ Three methods: `progressive` (arXiv:2202.00512) halves the steps of the teacher'
 again; `lcm` (arXiv:2310.04378) learns a consistency model; both noise pictures that the teacher
 draws first. `output` takes an already few-step teacher along its own trajectory, and needs prompts
 and noise only; with `feature_weight` the student's blocks learn from the teacher's (BK-SDM,
-arXiv:2305.15798).
+arXiv:2305.15798). With `lora_rank` the student is the UNet with a LoRA, which alone is trained
+(LCM-LoRA, arXiv:2311.05556); the result has it in its weights, and it is kept as a file, too.
 
 The command runs a recipe's stages alone, also on several GPUs or nodes:
 `accelerate launch -m recipes.distill --recipe NAME --output FOLDER`.
@@ -17,8 +18,10 @@ if __name__ == "__main__":
     import_torch("train", "training")
 
 import copy
+import shutil
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,21 +29,20 @@ import torch
 from torch import nn
 
 from mobile_runtime.errors import UserError
-from recipes import drawn, prompts
+from recipes import drawn, low_rank, prompts, widths
 from recipes.losses import (
     Denoise,
-    Features,
     Noise,
     check_fit,
-    feature_loss,
     latent_consistency,
     progressive,
 )
 from recipes.measure import latent_size, with_modules
 from recipes.schema import Recipe
 from recipes.settings import DistillSettings
-from recipes.trainer import Batch, Job, Loss, accelerator, beside, train
-from recipes.work import Outcome, Work
+from recipes.trainer import Batch, Job, Loss, accelerator, beside, copied, train
+from recipes.trajectory import Trajectory
+from recipes.work import TRAINING, Outcome, Work, kept_at
 
 SOLVER_STEPS = 50
 EMPTY_SHARE = 0.1
@@ -114,6 +116,12 @@ def run(pipeline: Any, settings: DistillSettings, work: Work) -> Outcome:
         "output": training.by_output,
     }
     student = methods[settings.method]()
+    lora = {}
+    if settings.lora_rank is not None:
+        if accelerator().is_main_process:
+            low_rank.save(student, work.folder)
+        lora = {"lora": {"rank": settings.lora_rank, "layers": len(low_rank.layers(student))}}
+        student = low_rank.fused(student, pipeline.unet)
     student.set_default_attn_processor()
     student.requires_grad_(False)
     record = {
@@ -122,6 +130,8 @@ def run(pipeline: Any, settings: DistillSettings, work: Work) -> Outcome:
         "guidance": settings.guidance,
         "optimizer_steps": settings.iterations,
         "batch": settings.batch * settings.accumulate,
+        **lora,
+        **widths.told(student),
     }
     modules = {"unet": student, "scheduler": scheduler_after(pipeline.scheduler, settings)}
     return Outcome(with_modules(pipeline, modules), record=record)
@@ -134,7 +144,13 @@ class _Training:
         self.settings, self.work = settings, work
         self.device = accelerator().device
         self.pipeline = with_modules(pipeline, {"unet": work.teacher}).to(self.device)
-        self.student: Any = copy.deepcopy(pipeline.unet)
+        rank = settings.lora_rank
+        self.trainable = low_rank.is_trained if rank else (lambda name: True)
+        self.student: Any = (
+            low_rank.added(pipeline.unet, rank, settings.seed)
+            if rank
+            else copy.deepcopy(pipeline.unet)
+        )
         self.teacher: Any = work.teacher
         self.noise = Noise.of(pipeline.scheduler, self.device)
         self.size = latent_size(pipeline, work.recipe.height, work.recipe.width)
@@ -152,7 +168,7 @@ class _Training:
             if steps == self.settings.steps:
                 return student
             steps, guidance = steps // 2, 1.0
-            teacher, student = student.to(self.device), copy.deepcopy(student)
+            teacher, student = student.to(self.device), copied(student, self.trainable)
 
     def halve(
         self, teacher: Any, guidance: float, student: Any, steps: int, data: tuple[Any, Any]
@@ -168,7 +184,12 @@ class _Training:
         return self.train(f"progressive-{steps}", student, loss, steps)
 
     def by_consistency(self) -> Any:
-        """Latent consistency, whose target is the average of the weights."""
+        """Latent consistency, whose target is the average of the weights.
+
+        The paper tells its student the guidance scale w by an embedding, and so can draw with any.
+        Here, as for LCM-LoRA, the student is told nothing: where w is drawn from a range, it
+        settles in between, and draws with that one strength of guidance.
+        """
         said, latents = self.pictures()
         solver = _solver_steps(self.settings)
 
@@ -186,33 +207,17 @@ class _Training:
 
     def by_output(self) -> Any:
         """The teacher's output, and its blocks', along the teacher's own few steps."""
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(self.settings.steps)
-        channels = self.pipeline.unet.config.in_channels
-        scale = _range(self.settings.guidance)[1]
-        weight = self.settings.feature_weight
-
-        def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
-            rng, generator = batch.rng(), batch.generator()
-            states = drawn.text_states(self.pipeline, self.draw_prompts(rng, batch.size))
-            noise = torch.randn(batch.size, channels, *self.size, generator=generator)
-            x = noise.to(self.device) * scheduler.init_noise_sigma
-            stop = int(rng.integers(self.settings.steps))
-            scheduler.set_timesteps(self.settings.steps)
-            with torch.no_grad():
-                for index, t in enumerate(scheduler.timesteps):
-                    scaled = scheduler.scale_model_input(x, t)
-                    with Features(self.teacher) as theirs:
-                        out = self.guided(self.teacher, states, scale)(scaled, t.to(self.device))
-                    if index == stop:
-                        break
-                    x = scheduler.step(out.float(), t, x).prev_sample
-            inner = getattr(module, "module", module)  # what accelerate has wrapped
-            with Features(inner) as mine:
-                said = _calls(module, states)(scaled, t.to(self.device))
-            total = nn.functional.mse_loss(said.float(), out.float())
-            return total + weight * feature_loss(mine, theirs) if weight else total
-
+        trajectory = Trajectory(
+            pipeline=self.pipeline,
+            teacher=self.teacher,
+            scheduler=self.scheduler,
+            steps=(self.settings.steps,),
+            size=self.size,
+            draw_prompts=self.draw_prompts,
+            teacher_guidance=_range(self.settings.guidance)[1],
+            student_guidance=1.0,
+        )
+        loss = partial(trajectory.loss, feature_weight=self.settings.feature_weight)
         return self.train("output", self.student, loss, self.settings.steps)
 
     def pictures(self) -> tuple[list[str], torch.Tensor]:
@@ -258,7 +263,7 @@ class _Training:
             module.set_attn_processor(AttnProcessor())
         key, folder = self.work.key, self.work.folder
         show = partial(self.show, steps=steps)
-        job = Job(name, module, loss, self.settings, folder, key, show)
+        job = Job(name, module, loss, self.settings, folder, key, show, self.trainable)
         average = train(job)
         if self.settings.gradient_checkpointing:
             average.disable_gradient_checkpointing()
@@ -289,7 +294,6 @@ def _range(guidance: float | tuple[float, float]) -> tuple[float, float]:
 def main(argv: list[str]) -> int:
     """Run a recipe's stages, and save the pipeline that they leave."""
     import argparse
-    from pathlib import Path
 
     from recipes import overrides, schema, stages
     from recipes.sources import open_source
@@ -311,11 +315,30 @@ def main(argv: list[str]) -> int:
     source = recipe.source
     stages.check(open_source(source.model, source.revision, weights=False).pipeline, recipe)
     pipeline = open_source(source.model, source.revision).pipeline
-    applied = stages.apply(pipeline, recipe, progress=lambda name: print(f"stage {name}"))
-    if accelerator().is_main_process:
+    where = accelerator()
+    applied = stages.apply(pipeline, recipe, progress=lambda name: where.print(f"stage {name}"))
+    where.wait_for_everyone()  # who comes late finds no --output yet
+    if where.is_main_process:
         stages.save(applied.pipeline, applied.plans, arguments.output)
         print(f"the pipeline is in {arguments.output}")
+        if (arguments.output / "unet" / widths.FILE).is_file():
+            print(f"its unet/{widths.FILE}: {widths.NOTE}")
+        for file in _save_loras(applied.records, arguments.output):
+            print(f"the LoRA that was trained, already in these weights, is in {file}")
+    where.end_training()
     return 0
+
+
+def _save_loras(records: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Copy what stages with a `lora_rank` trained into a folder, numbered from the second on."""
+    trained = [kept_at(record["result"]) for record in records if "lora" in record]
+    copies = []
+    for number, kept in enumerate(trained, start=1):
+        name = Path(low_rank.FILE)
+        copy_to = folder / (f"{name.stem}_{number}{name.suffix}" if number > 1 else name)
+        shutil.copyfile(kept / TRAINING / name, copy_to)
+        copies.append(copy_to)
+    return copies
 
 
 if __name__ == "__main__":

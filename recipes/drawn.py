@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mobile_runtime.errors import UserError
 from recipes.prompts import Draw
+from recipes.schedulers import with_steps
 
 CHUNK = 32
 """Pictures drawn together, and kept together on disk."""
@@ -67,12 +68,11 @@ def sample(
 
     noise: unit normal, (N, C, h, w). scale: of guidance; 1 or less: none.
     """
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(steps)
+    scheduler = with_steps(pipeline.scheduler, steps)
     states = text_states(pipeline, prompts)
     empty = text_states(pipeline, [""]) if scale > 1 else None
     x = noise * scheduler.init_noise_sigma
-    options = {"generator": generator} if _adds_noise(scheduler) else {}
+    options = {"generator": generator} if adds_noise(scheduler) else {}
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
         out = guided(unet, scaled, t.to(x.device), states, empty, scale).float()
@@ -80,7 +80,8 @@ def sample(
     return x
 
 
-def _adds_noise(scheduler: Any) -> bool:
+def adds_noise(scheduler: Any) -> bool:
+    """Whether a scheduler's step draws fresh noise, and takes a generator for it."""
     return type(scheduler).__name__ in (
         "LCMScheduler",
         "DDPMScheduler",

@@ -60,6 +60,13 @@ class Noise:
             return (x - sigma * out) / alpha
         return out
 
+    def output(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What a model should give for x0 and the noise on it."""
+        alpha, sigma = self.pair(t)
+        if self.prediction == "v_prediction":
+            return alpha * eps - sigma * x0
+        return eps if self.prediction == "epsilon" else x0
+
     def ddim(self, x: Tensor, x0: Tensor, t: Tensor, after: Tensor) -> Tensor:
         """One DDIM step (arXiv:2010.02502, eta 0) from t to `after`."""
         alpha, sigma = self.pair(t)

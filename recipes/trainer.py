@@ -3,24 +3,25 @@
 It runs through `accelerate`: plainly on this machine's CPU or GPU, or on several with
 `accelerate launch -m recipes.distill ...`. A batch is a pure function of (seed, step, part,
 process) and a checkpoint holds weights, optimizer and average, so a run that was killed ends where
-an uninterrupted one does.
+an uninterrupted one does. Weights that are not trained are held once, and are in no checkpoint.
 """
 
-import copy
 import csv
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 from tqdm import tqdm
 
 from mobile_runtime.errors import UserError, missing_backend
+from recipes.measure import share_structure
 from recipes.settings import TrainingSettings
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,6 +64,7 @@ Watch = Callable[[nn.Module], np.ndarray]
 class Job:
     """One training: `module` (float32) is trained in place on `loss(module, batch)`.
 
+    trainable(name): whether a parameter is trained; the average shares the others with the module.
     folder: for its checkpoint, `loss.csv`, `loss.png` and the watched pictures. key: names what is
     trained; a checkpoint of another key is refused. watch(average) gives pictures (uint8,
     (H, W, 3)) to keep.
@@ -85,7 +87,8 @@ def beside(rows: list[np.ndarray]) -> np.ndarray:
 
 def accelerator() -> Accelerator:
     """Where to train: what `accelerate launch` arranged, else this machine's GPU or CPU."""
-    return Accelerator()
+    # Others wait while the first process draws pictures, for longer than the usual ten minutes.
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -109,7 +112,7 @@ def train(job: Job) -> Any:
     for name, tensor in module.named_parameters():
         tensor.requires_grad_(job.trainable(name))
     optimizer = torch.optim.AdamW(weights, settings.learning_rate, betas=(0.9, 0.99), fused=True)
-    average = copy.deepcopy(module).requires_grad_(False)
+    average = copied(module, job.trainable).requires_grad_(False)
     start, history = _resume(job, module, optimizer, average)
     scaler = torch.amp.GradScaler(where.device.type, enabled=settings.precision == "float16")
     wrapped, optimizer = where.prepare(module, optimizer)
@@ -153,7 +156,7 @@ def train(job: Job) -> Any:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        _follow(average, module, settings.average_decay, step)
+        _follow(job, average, module, step)
         smooth = total if smooth is None else _SMOOTHING * smooth + (1 - _SMOOTHING) * total
         bar.set_postfix(loss=f"{smooth:.4g}", refresh=False)
         done = step + 1
@@ -179,10 +182,30 @@ def _rate(step: int, settings: TrainingSettings) -> float:
 
 
 @torch.no_grad()
-def _follow(average: nn.Module, module: nn.Module, decay: float, step: int) -> None:
+def _follow(job: Job, average: nn.Module, module: nn.Module, step: int) -> None:
+    decay = job.settings.average_decay
     decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
-    for mean, value in zip(average.parameters(), module.parameters(), strict=True):
-        mean.lerp_(value, 1 - decay)
+    values = _trained(job, module)
+    for name, mean in _trained(job, average).items():
+        mean.lerp_(values[name], 1 - decay)
+
+
+def copied(module: nn.Module, own: Callable[[str], bool]) -> Any:
+    """A copy of a module whose parameters are the module's but for its own ones, `own(name)`."""
+    shared = {id(tensor) for name, tensor in module.named_parameters() if not own(name)}
+    return share_structure(
+        module, lambda tensor: tensor if id(tensor) in shared else tensor.detach().clone()
+    )
+
+
+def _trained(job: Job, module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in module.named_parameters() if job.trainable(name)}
+
+
+@torch.no_grad()
+def _fill(weights: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]) -> None:
+    for name, tensor in weights.items():
+        tensor.copy_(kept[name])
 
 
 def _checkpoint(job: Job) -> Path:
@@ -200,9 +223,9 @@ def _resume(
         raise UserError(
             f"{path} is a checkpoint of another training; delete it, or name another folder"
         )
-    module.load_state_dict(state["module"])
+    _fill(_trained(job, module), state["module"])
     optimizer.load_state_dict(state["optimizer"])
-    average.load_state_dict(state["average"])
+    _fill(_trained(job, average), state["average"])
     return state["step"], [(step, loss) for step, loss in state["history"]]
 
 
@@ -217,9 +240,9 @@ def _save(
     """Write the checkpoint whole or not at all."""
     state = {
         "key": job.key,
-        "module": module.state_dict(),
+        "module": _trained(job, module),
         "optimizer": optimizer.state_dict(),
-        "average": average.state_dict(),
+        "average": _trained(job, average),
         "step": step,
         "history": history,
     }
@@ -241,5 +264,7 @@ def _show(job: Job, average: nn.Module, step: int, history: list[tuple[int, floa
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*history, strict=True))
-    axes.set(xlabel="optimizer step", ylabel="loss (smoothed)", title=job.name, yscale="log")
+    axes.set(xlabel="optimizer step", ylabel="loss (smoothed)", title=job.name)
+    if any(loss > 0 for _, loss in history):
+        axes.set_yscale("log")
     figure.savefig(job.folder / f"{job.name}-loss.png")

@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from safetensors.torch import save_file
 from torch import nn
 
 from mobile_runtime.errors import UserError
 from recipes import adapters, schema, stages
+from recipes.measure import with_modules
+from recipes.quantized_layers import dequantized
+from recipes.schedulers import choose_scheduler, with_steps
 from recipes.schema import Recipe
+from recipes.sources import open_source
 from tests.conftest import make_tiny_pipeline
 
 Tensors = dict[str, torch.Tensor]
@@ -436,3 +441,40 @@ def test_nothing_runs_where_a_later_file_is_refused(tiny_pipeline: Any, tmp_path
             progress=ran.append,
         )
     assert ran == []
+
+
+def test_the_recipe_with_lcm_lora_runs_on_a_folder_and_a_file(tmp_path: Path) -> None:
+    """Where nobody has the hub: the same stages, the sampler's known steps, and no guidance."""
+    pipeline = with_modules(
+        make_tiny_pipeline(),
+        {  # as Stable Diffusion 1.5 has it
+            "scheduler": PNDMScheduler(
+                beta_schedule="scaled_linear",
+                beta_start=0.00085,
+                beta_end=0.012,
+                skip_prk_steps=True,
+                steps_offset=1,
+            )
+        },
+    )
+    stages.save(pipeline, [], tmp_path / "sd15")
+    made = matrices(pipeline, [name for name in LAYERS if name.startswith("unet")])
+    changes = {
+        "source.model": str(tmp_path / "sd15"),
+        "stages.adapters.loras.0.model": written(as_kohya(made, 1.0), tmp_path / "l.safetensors"),
+        "resolution": 64,
+    }
+    asked = schema.load("sd15_lcm_int8", changes)
+    assert not asked.guided
+    opened = open_source(asked.source.model).pipeline
+    scheduler = choose_scheduler(opened.scheduler, asked.schedule.scheduler)
+    assert with_steps(scheduler, asked.schedule.steps).timesteps.tolist() == [999, 759, 499, 259]
+    applied = stages.apply(opened, asked)
+    assert [record["stage"] for record in applied.records] == ["adapters", "quantize"]
+    result = dequantized(applied.pipeline.unet)
+    for name, pair in made.items():
+        path = name.removeprefix("unet.")
+        exact = pipeline.unet.get_submodule(path).weight + delta(*pair) / 3  # alpha 1, rank 3
+        step = exact.flatten(1).abs().amax(1) / 127
+        error = (result.get_submodule(path).weight - exact).flatten(1).abs().amax(1)
+        assert (error <= 0.501 * step).all(), name
