@@ -59,6 +59,12 @@ def max_abs_scale(weight: Tensor) -> Tensor:
     return torch.where(peak == 0, torch.ones_like(scale), scale)
 
 
+def floored_scale(weight: Tensor, floor: Tensor | None = None) -> Tensor:
+    """The scales (channels,) of a weight; see `quantize_weight`."""
+    scale = max_abs_scale(weight)
+    return scale if floor is None else torch.where(scale < floor, rounded_up(floor), scale)
+
+
 def quantize_weight(weight: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round a weight to int8, symmetric per channel (axis 0).
 
@@ -67,9 +73,7 @@ def quantize_weight(weight: Tensor, floor: Tensor | None = None) -> tuple[Tensor
     scale of the weight.
     """
     weight = weight.detach().float()
-    scale = max_abs_scale(weight)
-    if floor is not None:
-        scale = torch.where(scale < floor, rounded_up(floor), scale)
+    scale = floored_scale(weight, floor)
     zero_point = torch.zeros(len(scale), dtype=torch.int8)
     integers = ops.quantize_per_channel(
         weight, scale, zero_point, 0, QUANT_MIN, QUANT_MAX, torch.int8
@@ -110,15 +114,21 @@ class Static:
     input: Affine
     output: Affine
 
-    def weight_floor(self, layer: Any) -> Tensor:
+    def weight_floor(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The smallest weight scale of each channel that integer kernels can work with.
 
         Their int32 sums must hold the bias, and they multiply a sum by input * weight / output.
         """
-        floor = torch.full((layer.weight.shape[0],), _SMALLEST_RATIO * self.output.scale)
-        if layer.bias is not None:
-            floor = torch.maximum(floor, layer.bias.detach().float().abs() * _SMALLEST_RATIO)
+        lowest = _SMALLEST_RATIO * self.output.scale
+        floor = torch.full((weight.shape[0],), lowest, device=weight.device)
+        if bias is not None:
+            floor = torch.maximum(floor, bias.detach().float().abs() * _SMALLEST_RATIO)
         return floor / self.input.scale
+
+    def whole_bias(self, bias: Tensor, weight_scale: Tensor) -> Tensor:
+        """A bias as whole numbers of input scale * weight scale, as integer kernels hold it."""
+        step = weight_scale.double() * self.input.scale
+        return ((bias.detach().double() / step).round() * step).float()
 
 
 class QuantizedModule(nn.Module):
@@ -170,9 +180,8 @@ class QuantizedModule(nn.Module):
 
     def _keep_bias(self, bias: Tensor | None) -> None:
         if bias is not None and self.static is not None:
-            step = self.weight_scale.double() * self.static.input.scale
-            whole = (bias.detach().double() / step).round() * step
-            bias = nn.Parameter(whole.float(), requires_grad=False)
+            whole = self.static.whole_bias(bias, self.weight_scale)
+            bias = nn.Parameter(whole, requires_grad=False)
         self.bias = bias
 
 
@@ -196,9 +205,7 @@ class QuantizedConv2d(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_channels, H, W) float32."""
         if self.activations == "int8_dynamic":
-            # As XNNPACK does: a 1x1 convolution is a linear of the pixels.
-            pointwise = self.kernel_size == self.stride == (1, 1)
-            x = fake_quantize_per_pixel(x) if pointwise else fake_quantize_per_sample(x)
+            x = fake_quantize_dynamic(self, x)
         if self.static is not None:
             x = self.static.input(x)
         y = F.conv2d(
@@ -239,7 +246,7 @@ class QuantizedLinear(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) float32."""
         if self.activations == "int8_dynamic":
-            x = fake_quantize_per_token(x)
+            x = fake_quantize_dynamic(self, x)
         if self.static is not None:
             x = self.static.input(x)
         y = F.linear(x, self.weight, self.bias)
@@ -324,6 +331,15 @@ def _conv_like(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     return _with_weights(conv, weight.clone(), bias)
 
 
+def fake_quantize_dynamic(layer: Any, x: Tensor) -> Tensor:
+    """Round what a convolution or a linear reads, with a scale for each sample, pixel or token."""
+    if not hasattr(layer, "kernel_size"):
+        return fake_quantize_per_token(x)
+    # As XNNPACK does: a 1x1 convolution is a linear of the pixels.
+    pointwise = layer.kernel_size == layer.stride == (1, 1)
+    return fake_quantize_per_pixel(x) if pointwise else fake_quantize_per_sample(x)
+
+
 def fake_quantize_per_sample(x: Tensor) -> Tensor:
     """Round an activation to int8 with an asymmetric scale for each sample of the batch."""
     return fake_quantize_per_token(x.flatten(1)).view(x.shape)
@@ -355,7 +371,7 @@ def quantized(
     layer: Any, activations: Activations = "none", static: Static | None = None
 ) -> QuantizedModule:
     """The quantized form of a float layer of one of the types of REPLACEMENTS."""
-    floor = None if static is None else static.weight_floor(layer)
+    floor = None if static is None else static.weight_floor(layer.weight, layer.bias)
     integers, scale = quantize_weight(layer.weight, floor)
     return REPLACEMENTS[type(layer)](layer, integers, scale, activations, static).eval()
 
@@ -381,10 +397,10 @@ def dequantized(module: nn.Module) -> nn.Module:
 
     What its weights stand for is kept, and the rounding of activations is not.
     """
+    parts: list[Any] = list(module.modules())
+    # Layers of 8 bits and of 4 (int4_layers.py), and what was made of a skip concat's.
     memo: dict[int, Any] = {
-        id(part): part.to_float()
-        for part in module.modules()
-        if isinstance(part, QuantizedModule | SkipConv2d)
+        id(part): part.to_float() for part in parts if hasattr(part, "to_float")
     }
     # deepcopy takes what the memo already holds in place of the original.
     return copy.deepcopy(module, memo)
