@@ -5,6 +5,7 @@ A recipe file is YAML: first a comment with its purpose and the exact command, t
 """
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,14 +21,17 @@ from pydantic import (
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import ComponentName
 from recipes.faults import RecipeError, did_you_mean, validate
+from recipes.palette_settings import PaletteSettings
 from recipes.settings import (
     NEEDED_COMPONENTS,
     AdaptersSettings,
     DecoderSettings,
     DistillSettings,
+    FinetuneSettings,
     FoldSettings,
     PruneSettings,
     QuantizeSettings,
+    ResolutionSettings,
     Strict,
 )
 from recipes.strict_yaml import parse_yaml
@@ -98,8 +102,10 @@ class Stage(Strict):
 
     adapters: AdaptersSettings | None = None
     prune: PruneSettings | None = None
+    resolution: ResolutionSettings | None = None
     distill: DistillSettings | None = None
     decoder: DecoderSettings | None = None
+    finetune: FinetuneSettings | None = None
     fold: FoldSettings | None = None
     quantize: QuantizeSettings | None = None
 
@@ -138,6 +144,22 @@ class CoreMLOptions(Strict):
     """What only the Core ML converter reads."""
 
     deployment_target: Literal["iOS16", "iOS17", "iOS18"] = "iOS17"
+    palettes: PaletteSettings | None = Field(
+        default=None, description="weights as indices into tables; None: as the stages leave them"
+    )
+
+    def faults(self, components: Collection[str]) -> list[str]:
+        """What does not fit together or the recipe's components, one sentence each."""
+        if self.palettes is None:
+            return []
+        found = [f"palettes.{fault}" for fault in self.palettes.faults(self.deployment_target)]
+        found += [
+            f"palettes.components: {component} is not among the recipe's "
+            f"components ({', '.join(components)}); add it there or remove it here"
+            for component in self.palettes.components
+            if component not in components
+        ]
+        return found
 
 
 class OnnxOptions(Strict):
@@ -182,8 +204,19 @@ def _order_faults(stages: tuple[Stage, ...]) -> list[str]:
             found.append(
                 f"{name} changes weights, so it cannot follow {before[0]}; list it before that"
             )
+    for later in ("distill", "decoder"):
+        if "resolution" in names and later in names[: names.index("resolution")]:
+            found.append(f"resolution: its diffusion loss would undo {later}; list it before that")
     if "adapters" in names[1:]:
         found.append("adapters comes first: a LoRA fits the weights that it was trained for")
+    if "finetune" in names and names[names.index("finetune") + 1 :] not in (
+        ["quantize"],
+        ["fold", "quantize"],
+    ):
+        found.append(
+            "finetune tunes the UNet for the integers that quantize makes of it; list quantize "
+            "right after it, with at most fold between them"
+        )
     if preserving == ["quantize", "fold"]:
         found.append("fold cannot follow quantize, whose integers it would undo; list it before")
     return found
@@ -275,6 +308,8 @@ class Recipe(Strict):
                 for component in quantized
                 if component not in (*self.components, *missing)
             ]
+        known = (*self.components, *missing)
+        faults += [f"targets.coreml.{fault}" for fault in self.targets.coreml.faults(known)]
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -342,6 +377,7 @@ _STAND_INS = {
     "model": "embedded",
     "resolution": 512,
     "layers": "*",
+    "bits": 4,
     "weights": "int8",
     "reason": "none",
 }

@@ -48,8 +48,46 @@ def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+class ChannelSettings(Strict):
+    """Inner widths that get narrower: what makes the channels and what reads them lose the same."""
+
+    macs: float = Field(gt=0, lt=1, description="the share of the UNet's multiply-adds that goes")
+    importance: Literal["taylor", "magnitude"] = Field(
+        default="taylor", description="which channels stay; see importance.py"
+    )
+    spread: Literal["even", "importance"] = Field(
+        default="even",
+        description="even: the same share of every group goes, so check tells the very widths; "
+        "importance: layers compete, and check tells those of even in their place",
+    )
+    parts: tuple[Literal["resnets", "feed_forward", "heads"], ...] = Field(
+        default=("resnets", "feed_forward", "heads"), strict=False, min_length=1
+    )
+    keep: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), strict=False, description="globs on module paths that stay whole: up_blocks.3.*"
+    )
+    prompts: str | None = Field(
+        default=None, min_length=1, description="file, a prompt a line; default: the source's own"
+    )
+    samples: int = Field(default=32, ge=1, le=10_000, description="pictures that taylor draws")
+
+    def faults(self) -> list[str]:
+        """What does not fit together, one sentence each."""
+        if self.importance == "taylor":
+            return []
+        found = []
+        if self.prompts is not None:
+            found.append("prompts: goes with importance taylor; magnitude draws nothing; remove it")
+        if self.spread == "importance":
+            found.append(
+                "spread: importance goes with importance taylor; magnitudes of different layers do "
+                "not compare; set even"
+            )
+        return found
+
+
 class PruneSettings(Settings):
-    """Blocks and attention of the UNet that go; what stays keeps its weights."""
+    """Blocks, attention and channels of the UNet that go; what stays keeps its weights."""
 
     blocks: Annotated[
         Literal["bk_base", "bk_small", "bk_tiny"] | tuple[Annotated[str, Field(min_length=1)], ...],
@@ -60,11 +98,17 @@ class PruneSettings(Settings):
     attention_levels: tuple[Annotated[int, Field(ge=0, le=7)], ...] = Field(
         default=(), strict=False, description="levels without attention; 0 has the most pixels"
     )
+    channels: ChannelSettings | None = Field(default=None, description="None: every width stays")
 
     def faults(self) -> list[str]:
-        if not self.blocks and not self.attention_levels:
-            return ["names nothing to prune: give blocks or attention_levels"]
-        return []
+        if not self.blocks and not self.attention_levels and self.channels is None:
+            return ["names nothing to prune: give blocks, attention_levels or channels"]
+        return [f"channels.{fault}" for fault in self.channels.faults()] if self.channels else []
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are drawn, by the recipe's schedule."""
+        return self.channels is not None and self.channels.importance == "taylor"
 
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -94,6 +138,30 @@ class TrainingSettings(Settings):
         return []
 
 
+def _pair(value: Any) -> Any:
+    return (value, value) if type(value) is int else _tupled(value)
+
+
+class ResolutionSettings(TrainingSettings):
+    """An adaptation to the recipe's resolution, on pictures that are drawn larger and shrunk."""
+
+    drawn_at: Annotated[
+        tuple[Annotated[int, Field(ge=8, le=8192)], Annotated[int, Field(ge=8, le=8192)]],
+        BeforeValidator(_pair),
+    ] = Field(description="side in pixels, or [height, width], that the pipeline was trained for")
+    guidance: float = Field(
+        default=1.0, ge=0, le=100, description="that the pictures are drawn with, folded in"
+    )
+    pictures: int = Field(default=1024, ge=1, description="that are drawn, and shrunk")
+    draw_steps: int = Field(default=25, ge=1, le=1000, description="the steps they are drawn in")
+    empty_share: float = Field(
+        default=0.1, ge=0, le=1, description="of prompts left out, for guidance afterwards"
+    )
+    decoder_iterations: int = Field(
+        default=0, ge=0, le=10_000_000, description="of the VAE's decoder, before the UNet"
+    )
+
+
 class DistillSettings(TrainingSettings):
     """A student of fewer steps, or with fewer weights, from the pipeline as it was."""
 
@@ -118,6 +186,12 @@ class DistillSettings(TrainingSettings):
     feature_weight: float = Field(
         default=0.0, ge=0, description="of the block outputs' loss beside the output's (BK-SDM)"
     )
+    lora_rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="train a LoRA of this rank (LCM-LoRA: 64, learning_rate 1e-4); none: all",
+    )
 
     def faults(self) -> list[str]:
         found = super().faults()
@@ -141,6 +215,14 @@ class DistillSettings(TrainingSettings):
     def halve_from(self) -> int:
         """The steps that progressive distillation begins with."""
         return self.teacher_steps or 8 * self.steps
+
+
+class FinetuneSettings(TrainingSettings):
+    """Quantization-aware fine-tuning of the UNet for the `quantize` stage that follows."""
+
+    feature_weight: float = Field(
+        default=0.0, ge=0, description="of the block outputs' loss beside the output's (BK-SDM)"
+    )
 
 
 class DecoderSettings(TrainingSettings):
@@ -200,7 +282,7 @@ class Rule(Strict):
     """What happens to the layers that match; of several rules that match, the last one wins."""
 
     layers: str = Field(min_length=1, description="glob on module paths, e.g. unet.conv_in")
-    weights: Literal["int8", "float32"]
+    weights: Literal["int8", "int4", "float32"]
     activations: Activations | None = Field(default=None, description="None: as the stage says")
     reason: str = Field(min_length=1)
 
@@ -212,6 +294,24 @@ class Rule(Strict):
                 "integer activations by float weights"
             ]
         return []
+
+
+class Int4Settings(Strict):
+    """Weights of 4 bits in blocks, beside a float branch of low rank; see int4_layers.py."""
+
+    block: Literal[16, 32, 64, 128] = Field(
+        default=32, description="input channels that share a step; less where they do not divide"
+    )
+    rank: int = Field(default=32, ge=0, le=512, description="of the float branch; 0: plain 4 bits")
+    branch_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=16,
+        description="of the integers' bytes, that the branch may take: small layers have less rank",
+    )
+    iterations: int = Field(
+        default=4, ge=1, le=64, description="in which the branch takes up what rounding left"
+    )
 
 
 class CalibrationSettings(Strict):
@@ -252,9 +352,12 @@ class KeepSettings(Strict):
 
 
 class QuantizeSettings(Settings):
-    """INT8 weights, symmetric per output channel; activations as they are or INT8."""
+    """Integer weights: INT8 per output channel, where activations may be INT8 too, or 4 bits."""
 
-    weights: Literal["int8"] = "int8"
+    weights: Literal["int8", "int4"] = Field(
+        default="int8", description="int4: of the layers that can be; conv_in, conv_out stay int8"
+    )
+    int4: Int4Settings = Int4Settings()
     activations: Activations = "none"
     calibration: CalibrationSettings = CalibrationSettings()
     keep: KeepSettings | None = Field(default=None, description="None: no layer, but by rules")
@@ -278,9 +381,21 @@ class QuantizeSettings(Settings):
         """What the stage and its rules ask for."""
         return {self.activations, *(rule.activations for rule in self.rules if rule.activations)}
 
+    @property
+    def every_weights(self) -> set[str]:
+        """What the stage and its rules ask for."""
+        return {self.weights, *(rule.weights for rule in self.rules)}
+
     def faults(self) -> list[str]:
         """What does not fit together, one sentence each."""
         found = []
+        if "int4" not in self.every_weights and self.int4 != Int4Settings():
+            found.append("int4: goes with weights int4, of the stage or of a rule; remove it")
+        if "int4" in self.every_weights and self.every_activations != {"none"}:
+            found.append(
+                "weights: int4 goes with float activations; set activations to none, also in "
+                "rules, or use weights int8"
+            )
         for index, rule in enumerate(self.rules):
             found += [f"rules.{index}.{fault}" for fault in rule.faults()]
             head = rule.layers.split(".")[0]

@@ -9,14 +9,23 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from mobile_runtime.bundle import open_to_others
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
-from recipes import adapters, component_folder, decoder, distill, fold, prune, quantize
+from recipes import (
+    adapters,
+    component_folder,
+    decoder,
+    distill,
+    finetune,
+    fold,
+    prune,
+    quantize,
+    resolution,
+)
 from recipes.measure import measure, outline, with_modules
 from recipes.quantized_layers import dequantized
 from recipes.schema import PRESERVING, Recipe, Stage
@@ -44,17 +53,26 @@ class StageFunctions:
     work) may work for hours, and leaves the modules that it was given as they were unless the stage
     is the quantization.
     trained: the components that a stage trains; its result is kept (work.py), and found again.
+    changes: of another stage, the components that it changes and that a later training may replace.
     """
 
     run: Callable[[Any, Any, Work], Outcome]
     check: Callable[[Any, Any, Recipe], None] = _nothing_to_check
     reshape: Callable[[Any, Any, Recipe], Any] = _same_shape
     trained: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 STAGES: dict[str, StageFunctions] = {
-    "adapters": StageFunctions(check=adapters.check, run=adapters.run),
-    "prune": StageFunctions(check=prune.check, reshape=prune.reshape, run=prune.run),
+    "adapters": StageFunctions(
+        check=adapters.check, run=adapters.run, changes=("unet", "text_encoder")
+    ),
+    "prune": StageFunctions(
+        check=prune.check, reshape=prune.reshape, run=prune.run, changes=("unet",)
+    ),
+    "resolution": StageFunctions(
+        check=resolution.check, run=resolution.run, trained=("unet", "vae")
+    ),
     "distill": StageFunctions(
         check=distill.check,
         reshape=distill.reshape,
@@ -64,6 +82,7 @@ STAGES: dict[str, StageFunctions] = {
     "decoder": StageFunctions(
         check=decoder.check, reshape=decoder.reshape, run=decoder.run, trained=("vae",)
     ),
+    "finetune": StageFunctions(check=finetune.check, run=finetune.run, trained=("unet",)),
     "fold": StageFunctions(check=fold.check, reshape=fold.reshape, run=fold.run),
     "quantize": StageFunctions(
         check=quantize.check,
@@ -74,15 +93,16 @@ STAGES: dict[str, StageFunctions] = {
 }
 
 
-def check(pipeline: Any, recipe: Recipe) -> Any:
+def check(pipeline: Any, recipe: Recipe, chosen: Sequence[Stage] | None = None) -> Any:
     """Check every stage before any of them works, each on what those before it would leave.
 
-    Returns that pipeline, on the meta device, after all stages. UserError tells all faults, up to
-    the first stage that would change shapes and cannot.
+    chosen: some of the recipe's stages; all of them by default. Returns that pipeline, on the meta
+    device, after all stages. UserError tells all faults, up to the first stage that would change
+    shapes and cannot.
     """
     pipeline = outline(pipeline)
     faults = []
-    for index, stage in enumerate(recipe.stages):
+    for index, stage in enumerate(recipe.stages if chosen is None else chosen):
         functions = STAGES[stage.name]
         try:
             functions.check(pipeline, stage.settings, recipe)
@@ -138,25 +158,22 @@ def apply(
     chosen: some of the recipe's stages, in its order, where those before them have run; all of
     them by default. progress: called with each stage's name before it runs. cache: where trained
     results are kept, and found again (work.py has the default). seen: called after each stage with
-    what there is so far; later stages may change its pipeline. Unless somebody looks, a training is
-    skipped whose result only led to another that is kept. Raises UserError before any stage
+    what there is so far; later stages may change its pipeline. Unless somebody looks, a stage is
+    skipped whose result only led to a trained one that is kept. Raises UserError before any stage
     works.
     """
     chosen = recipe.stages if chosen is None else chosen
-    check(pipeline, recipe.model_copy(update={"stages": tuple(chosen)}))
+    check(pipeline, recipe, chosen)
     applied = Applied(pipeline)
     keeps = any(STAGES[stage.name].trained for stage in chosen)
     done = Done.before(pipeline, recipe, cache, keeps)
     teacher = pipeline.unet
     before = _measure(pipeline, recipe)
+    needless = _needless(chosen, done.kept(chosen)) if seen is None and keeps else set()
     for index, stage in enumerate(chosen):
         progress(stage.name)
         functions = STAGES[stage.name]
-        if (
-            seen is None
-            and functions.trained
-            and done.superseded(stage, _retrained(chosen[index:]))
-        ):
+        if index in needless:
             done.add(stage)
             applied.records.append({"stage": stage.name, "trained": SUPERSEDED})
             continue
@@ -172,17 +189,29 @@ def apply(
             record["result"] = work.kept.name
         applied.records.append(record)
         before = after
-        if stage.distill:
+        if stage.distill or stage.resolution:
             teacher = outcome.pipeline.unet
         if seen is not None:
             seen(applied)
     return applied
 
 
-def _retrained(chosen: Sequence[Stage]) -> Sequence[Stage]:
-    """The stages right after the first that are of its kind, and train what it trained."""
-    kind = chosen[0].name
-    return tuple(takewhile(lambda stage: stage.name == kind, chosen[1:]))
+def _needless(chosen: Sequence[Stage], kept: Sequence[bool]) -> set[int]:
+    """The stages all of whose components are replaced by a kept result later.
+
+    kept: for each stage, whether its own result is kept.
+    """
+    found, replaced = set(), set[str]()
+    for index in reversed(range(len(chosen))):
+        functions = STAGES[chosen[index].name]
+        changes = set(functions.changes or functions.trained)
+        if changes and changes <= replaced:
+            found.add(index)
+        elif kept[index]:
+            replaced |= changes
+        elif functions.trained:
+            replaced.clear()  # it will be trained, on all that comes before
+    return found
 
 
 def _measure(pipeline: Any, recipe: Recipe) -> dict[str, dict[str, int]]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,16 @@ from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
 from recipes import component_folder, prompts
 from recipes.measure import COMPONENTS, with_modules
-from recipes.schema import Recipe, Stage
+from recipes.schema import PRESERVING, Recipe, Stage
 
 SHIPPED = Path(__file__).parent / "pocket" / "trained"
 RECORD = "record.json"
+TRAINING = "training"
+LEFT = (".png", ".csv", ".safetensors")
+"""What a training leaves beside its result, in `TRAINING`: pictures, curves, a LoRA."""
+ADDED_LATER = ("lora_rank", "channels")
+"""Settings that came after results had been kept. With its default, one is no part of a key, so
+that those results are still found."""
 
 
 def default_cache() -> Path:
@@ -36,6 +42,12 @@ def default_cache() -> Path:
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "pocket_diffusion" / "stages"
+
+
+def kept_at(result: str) -> Path:
+    """Where the result of a training lies, by the name that the stage's record has for it."""
+    shipped = SHIPPED / result
+    return shipped if shipped.is_dir() else default_cache() / result
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ class Work:
         return None
 
     def keep(self, outcome: Outcome) -> Outcome:
-        """Keep the result of a training, with the pictures and curves that it left.
+        """Keep the result of a training, with the pictures, curves and LoRA that it left.
 
         What only served to resume it is deleted.
         """
@@ -94,9 +106,10 @@ class Work:
         shutil.rmtree(fresh, ignore_errors=True)
         for name in self.trained:
             component_folder.save(getattr(outcome.pipeline, name), fresh / name)
-        (fresh / "training").mkdir()
-        for left in (*self.folder.glob("*.png"), *self.folder.glob("*.csv")):
-            shutil.copy2(left, fresh / "training" / left.name)
+        (fresh / TRAINING).mkdir()
+        for left in self.folder.iterdir():
+            if left.suffix in LEFT:
+                shutil.copy2(left, fresh / TRAINING / left.name)
         record = {"key": self.key, "record": outcome.record}
         (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         # Without its record, what lies there is no result.
@@ -124,22 +137,43 @@ class Done:
         settings = _contents(stage.settings.model_dump(mode="json"))
         if "prompts" in settings and settings["prompts"] is None:
             settings["prompts"] = prompts.default_of(self.recipe)
+        fields = type(stage.settings).model_fields
+        for name in ADDED_LATER:
+            if name in fields and settings[name] == fields[name].default:
+                del settings[name]
         entry = [stage.name, settings]
         if stage.decoder:
             # Its latents are drawn by the recipe's schedule; a distillation names its own.
             entry.append(self.recipe.schedule.model_dump(mode="json"))
+        if stage.prune and stage.prune.draws:
+            channels = settings["channels"]
+            channels["prompts"] = channels["prompts"] or prompts.default_of(self.recipe)
+            entry.append(self.recipe.schedule.model_dump(mode="json"))
+        if stage.finetune:
+            # It trains for the integers to come, along the recipe's schedule.
+            entry.append(self.recipe.schedule.model_dump(mode="json"))
+            preserving = [later for later in self.recipe.stages if later.name in PRESERVING]
+            entry += [self._trained_for(later) for later in preserving]
         self.inputs.append(entry)
         key = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
         return key, self.cache / f"{stage.name}-{key[:16]}"
 
-    def superseded(self, stage: Stage, later: Iterable[Stage]) -> bool:
-        """Whether a stage's result is of no use, since one that was trained from it is kept.
+    def _trained_for(self, stage: Stage) -> list[Any]:
+        """What a fine-tuning of the UNet depends on in a stage that comes after it.
 
-        later: the stages right after it that train the same components.
+        Without defaults, so that a setting that is new some day changes no key.
         """
+        own = {"components"}  # the UNet is among them, and the others are none of its business
+        settings = stage.settings.model_dump(mode="json", exclude=own, exclude_defaults=True)
+        entry = [stage.name, _contents(settings)]
+        if stage.quantize and stage.quantize.calibration.prompts is None:
+            entry.append(prompts.default_of(self.recipe))
+        return entry
+
+    def kept(self, chosen: Sequence[Stage]) -> list[bool]:
+        """For each of the stages that come next, whether its result is kept."""
         ahead = replace(self, inputs=list(self.inputs))
-        ahead.add(stage)
-        return any(_is_kept(ahead.add(following)[1]) for following in later)
+        return [_is_kept(ahead.add(stage)[1]) for stage in chosen]
 
     @contextlib.contextmanager
     def work(self, stage: Stage, trained: tuple[str, ...], teacher: Any) -> Iterator[Work]:

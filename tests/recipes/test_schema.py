@@ -51,7 +51,7 @@ def test_a_shipped_recipe_opens_with_its_purpose_and_its_command(name: str) -> N
 
 def test_the_recipes_that_the_readme_names_are_shipped() -> None:
     expected = {"pocket_fp32", "pocket_int8", "sd_turbo_int8", "sd_turbo_fp16"}
-    assert expected | {"sd21_int8", "sd15_int8"} <= set(schema.names())
+    assert expected | {"sd21_int8", "sd15_int8", "sd15_lcm_int8"} <= set(schema.names())
 
 
 def test_an_unknown_recipe_lists_the_choices_and_the_close_one() -> None:
@@ -122,7 +122,7 @@ def test_a_missing_key_does_not_hide_the_other_faults() -> None:
         ({"stages": [{}]}, "stages.0"),
         ({"stages": [{"quantize": None}]}, "stages.0"),
         ({"stages": [{"quantize": {}}, {"quantize": {}}]}, "stages"),
-        ({"stages": [{"quantize": {"weights": "int4"}}]}, "stages.0.quantize.weights"),
+        ({"stages": [{"quantize": {"weights": "int3"}}]}, "stages.0.quantize.weights"),
         ({"gates": {"component_snr": 60.0}}, "gates.component_snr"),
         ({"targets": {"onnx": {"opset": 12}}}, "targets.onnx.opset"),
         ({"targets": {"onnx": {"opset": 24}}}, "targets.onnx.opset"),
