@@ -1,7 +1,8 @@
 """ONNX: an exported component becomes `COMPONENT/model.onnx` for ONNX Runtime.
 
-INT8 weights stay INT8 initializers, each behind a DequantizeLinear. The bundle's folder is laid
-out as Optimum's `ORTDiffusionPipeline.from_pretrained` expects (`write_optimum_files`).
+INT8 weights stay INT8 initializers, each behind a DequantizeLinear; those of 4 bits are written by
+onnx_int4.py. The bundle's folder is laid out as Optimum's `ORTDiffusionPipeline.from_pretrained`
+expects (`write_optimum_files`).
 """
 
 if __name__ == "__main__":
@@ -23,21 +24,23 @@ import torch
 from torch import nn
 
 from converters import components as exporting
+from converters import onnx_int4
 from converters.components import Component
 from converters.layer_check import layer_check as layers_alone
 from converters.lowered import Lowered
 from converters.support import Scheme
 from mobile_runtime.errors import UserError, choices, missing_backend
 from recipes import measure
+from recipes.int4_layers import is_int4
 from recipes.quiet import quiet
 from recipes.schema import Recipe
 
 Precision = Literal["float32", "float16"]
 OPSETS = tuple(range(18, 24))
 
-# The exact rewrites (converters/rewrites.py) that this target asks for: none, ONNX takes the graph
-# as it is.
-REWRITES: tuple[str, ...] = ()
+# The exact rewrites (converters/rewrites.py) that this target asks for: of an upsampling to an odd
+# size the exporter would make a Resize by a fraction. ONNX takes all else as it is.
+REWRITES: tuple[str, ...] = ("cropped_upsample",)
 
 # One protobuf message, and one flatbuffer, holds less than 2 GiB; some room is for the graph.
 LIMIT_BYTES = 2**31 - 2**26
@@ -75,7 +78,7 @@ def prepare(recipe: Recipe, scheme: Scheme) -> OnnxOptions:
     _libraries()
     own = recipe.targets.onnx
     options = OnnxOptions(own.opset, own.ort_format, scheme.arithmetic)
-    _check_options(options)
+    _check_options(options, int4=scheme.name == "w4")
     return options
 
 
@@ -93,7 +96,8 @@ def lower(
     Raises UserError for what the target cannot do.
     """
     options = options or OnnxOptions()
-    _check_options(options)
+    int4 = is_int4(program)
+    _check_options(options, int4)
     _check_fits(component, program, options)
     ir = _libraries()
     if options.precision == "float16":
@@ -110,9 +114,11 @@ def lower(
             output_names=[spec.name for spec in component.outputs],
             optimize=True,
             verbose=False,
+            custom_translation_table=onnx_int4.translations() if int4 else None,
         )
     assert translated is not None  # what a dynamo export gives
     model = translated.model
+    int4_weights = onnx_int4.store(ir, model)
     _tidy(model)
     path = folder / component.name / "model.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +131,7 @@ def lower(
         "external_data": external,
         "op_kinds": dict(sorted(Counter(node.op_type for node in model.graph).items())),
         "int8_weights": _count_int8(ir, model),
+        "int4_weights": int4_weights,
         "session_options": EXACT_SESSION,
     }
     del model, translated
@@ -231,18 +238,24 @@ def _libraries() -> Any:
     return onnx_ir
 
 
-def _check_options(options: OnnxOptions) -> None:
+def _check_options(options: OnnxOptions, int4: bool) -> None:
     if options.opset not in OPSETS:
         raise choices("opset", str(options.opset), [str(opset) for opset in OPSETS])
     if options.precision not in get_args(Precision):
         raise choices("precision", options.precision, list(get_args(Precision)))
+    if int4 and options.opset < onnx_int4.OPSET:
+        raise UserError(
+            f"ONNX has 4-bit weights in blocks from opset {onnx_int4.OPSET} on, not in "
+            f"{options.opset}: set targets.onnx.opset to {onnx_int4.OPSET}, or use weights int8"
+        )
 
 
 def _check_fits(
     component: Component, program: torch.export.ExportedProgram, options: OnnxOptions
 ) -> None:
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    quantized = {name for name in operators if name.startswith("quantized_decomposed.")}
+    prefixes = ("quantized_decomposed.", "pocket_diffusion.")
+    quantized = {name for name in operators if name.startswith(prefixes)}
     if any("choose_qparams" in name for name in quantized):
         raise UserError(
             "the ONNX converter does not quantize activations as they come; use a recipe whose "
@@ -250,8 +263,8 @@ def _check_fits(
         )
     if quantized and options.precision == "float16":
         raise UserError(
-            "ONNX Runtime computes INT8 weights in float32: leave the precision on float32, or use "
-            "a recipe without INT8"
+            "ONNX Runtime computes INT8 weights in float32, and 4-bit ones: leave the precision on "
+            "float32, or use a recipe without them"
         )
     weights = component.module.state_dict().values()
     size = sum(tensor.numel() * tensor.element_size() for tensor in weights)

@@ -3,6 +3,9 @@
 A recipe asks for a precision and a weight scheme; this table says what the target makes of it, or
 refuses and says what the target can do instead. A cell whose result is not what was asked for by
 name carries a note, which goes into the manifest.
+
+What one target alone has is an option of that target, and no row here: Core ML's palettes
+(targets.coreml.palettes; palette_plan.py), over whatever weights the stages left in float.
 """
 
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from mobile_runtime.manifest import Gates, Target
 from recipes.schema import Recipe
 
 Precision = Literal["auto", "float32", "float16"]
-Weights = Literal["float", "int8", "int8_static", "int8_dynamic"]
+Weights = Literal["float", "int8", "int8_static", "int8_dynamic", "int4"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,15 @@ _FP16_ONNX_INT8 = Refusal(
     "ONNX Runtime's CPU kernels compute INT8 weights in float32",
     "leave the precision on auto or float32",
 )
+_FP16_ONNX_INT4 = Refusal(
+    "ONNX Runtime's CPU kernels compute 4-bit weights in float32",
+    "leave the precision on auto or float32",
+)
+_INT4_XNNPACK = Refusal(
+    "XNNPACK has 4-bit weights in blocks beside activations that it rounds to INT8 alone, which is "
+    "another function",
+    "set quantize.weights to int8, or convert to ONNX or Core ML",
+)
 
 # (target, precision, weights) -> what it makes of it
 SUPPORT: dict[tuple[Target, Precision, Weights], Scheme | Refusal] = {
@@ -69,6 +81,9 @@ SUPPORT: dict[tuple[Target, Precision, Weights], Scheme | Refusal] = {
     ("onnx", "auto", "int8_dynamic"): _NO_DYNAMIC,
     ("onnx", "float32", "int8_dynamic"): _NO_DYNAMIC,
     ("onnx", "float16", "int8_dynamic"): _NO_DYNAMIC,
+    ("onnx", "auto", "int4"): Scheme("w4", "float32"),
+    ("onnx", "float32", "int4"): Scheme("w4", "float32"),
+    ("onnx", "float16", "int4"): _FP16_ONNX_INT4,
     ("coreml", "auto", "float"): Scheme("float16", "float16"),
     ("coreml", "float32", "float"): Scheme("float32", "float32"),
     ("coreml", "float16", "float"): Scheme("float16", "float16"),
@@ -81,6 +96,9 @@ SUPPORT: dict[tuple[Target, Precision, Weights], Scheme | Refusal] = {
     ("coreml", "auto", "int8_dynamic"): _NO_DYNAMIC,
     ("coreml", "float32", "int8_dynamic"): _NO_DYNAMIC,
     ("coreml", "float16", "int8_dynamic"): _NO_DYNAMIC,
+    ("coreml", "auto", "int4"): Scheme("w4", "float16"),
+    ("coreml", "float32", "int4"): Scheme("w4", "float32"),
+    ("coreml", "float16", "int4"): Scheme("w4", "float16"),
     ("executorch", "auto", "float"): Scheme("float32", "float32"),
     ("executorch", "float32", "float"): Scheme("float32", "float32"),
     ("executorch", "float16", "float"): _FP16_XNNPACK,
@@ -93,6 +111,9 @@ SUPPORT: dict[tuple[Target, Precision, Weights], Scheme | Refusal] = {
     ("executorch", "auto", "int8_dynamic"): Scheme("w8a8_dynamic", "float32"),
     ("executorch", "float32", "int8_dynamic"): Scheme("w8a8_dynamic", "float32"),
     ("executorch", "float16", "int8_dynamic"): _FP16_XNNPACK,
+    ("executorch", "auto", "int4"): _INT4_XNNPACK,
+    ("executorch", "float32", "int4"): _INT4_XNNPACK,
+    ("executorch", "float16", "int4"): _INT4_XNNPACK,
 }
 
 
@@ -104,6 +125,8 @@ def scheme_for(target: Target, recipe: Recipe) -> Scheme:
             asked = stage.quantize.every_activations
             dynamic, static = "int8_dynamic" in asked, "int8_static" in asked
             weights = "int8_dynamic" if dynamic else "int8_static" if static else "int8"
+            if "int4" in stage.quantize.every_weights:
+                weights = "int4"
     found = SUPPORT[target, recipe.precision, weights]
     if isinstance(found, Refusal):
         request = f"precision {recipe.precision} with weights {weights}"

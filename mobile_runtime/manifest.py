@@ -84,7 +84,7 @@ class LayerPlan(Strict):
     """What quantization decided for one layer, by its module path, and why."""
 
     layer: str = Field(description="e.g. unet.down_blocks.0.resnets.0.conv1")
-    weights: Literal["int8", "float16", "float32", "int4"]
+    weights: Literal["int8", "float16", "float32", "int4", "palette"]
     activations: Literal["none", "int8_dynamic", "int8_static"] = "none"
     activation_scale: float | None = Field(
         default=None, description="int8_static: input = scale * (integer - zero point)"
@@ -94,6 +94,16 @@ class LayerPlan(Strict):
         default=None, description="int8_static: of the output, whose integers the kernels write"
     )
     output_zero_point: int | None = None
+    bits: int | None = Field(default=None, description="palette: of an index into its table")
+    tables: int | None = Field(
+        default=None, description="palette: how many, each for an equal share of axis 0"
+    )
+    block: PositiveInt | None = Field(
+        default=None, description="int4: input channels that share a scale"
+    )
+    rank: NonNegativeInt | None = Field(
+        default=None, description="int4: of the float branch whose output is added; 0: none"
+    )
     reason: str
 
 

@@ -1,8 +1,8 @@
 """The plan: which layers become integers, and why. Made once; every target lowers the result.
 
-The layers themselves are in quantized_layers.py. Scales of static activations come from a run of
-the float pipeline (calibrate.py), and a budget may keep the most sensitive layers' activations in
-float (sensitivity.py).
+The layers themselves are in quantized_layers.py, those of 4 bits in int4_layers.py. Scales of
+static activations come from a run of the float pipeline (calibrate.py), and a budget may keep the
+most sensitive layers' activations in float (sensitivity.py).
 
 The first token of a prompt is an outlier in SDXL-Turbo, and MixDQ keeps its keys and values in
 float. In the embedded model it is none: of the layers that read text, measured one by one, the most
@@ -13,7 +13,7 @@ sensitive leaves 59 dB of the UNet's output (the median of all layers: 77 dB; th
 import difflib
 import fnmatch
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
-from recipes import calibrate, sensitivity
+from recipes import calibrate, int4_layers, sensitivity
 from recipes.faults import collected
 from recipes.quantized_layers import (
     REPLACEMENTS,
@@ -32,6 +32,12 @@ from recipes.quantized_layers import (
 )
 from recipes.schema import Recipe
 from recipes.settings import Activations, QuantizeSettings
+
+SENSITIVE = ("*.conv_in", "*.conv_out")
+"""Layers that int4 passes over unless a rule names them: the first and the last of a component.
+
+They are the most sensitive ones of SDXL-Turbo (MixDQ, arXiv:2405.17873), and small.
+"""
 
 
 def component_modules(pipeline: Any, component: str) -> list[tuple[str, nn.Module]]:
@@ -117,11 +123,14 @@ def make_plan(
     }
     plans = []
     for layer, module in quantizable_layers(pipeline, settings.components).items():
-        weights: Literal["int8", "float32"] = "int8"
+        weights: Literal["int8", "int4", "float32"] = settings.weights
         activations: Activations = settings.activations
         reason = "default"
+        if weights == "int4" and any(fnmatch.fnmatchcase(layer, name) for name in SENSITIVE):
+            weights, reason = "int8", "int8: first and last layers are sensitive to 4 bits"
         if isinstance(module, nn.Embedding):
             activations = "none"
+            weights = "int8"
             # int8 takes a quarter of float32's bytes.
             saving = 0.75 * module.weight.numel() / sizes[layer.split(".")[0]]
             if saving < settings.embedding_min_saving:
@@ -130,18 +139,35 @@ def make_plan(
                     f"embedding: would save {saving:.2%} of its component, "
                     f"less than {settings.embedding_min_saving:.2%}"
                 )
-        elif isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-            weights, reason = "float32", f"padding mode {module.padding_mode} is not supported"
         for rule in settings.rules:
             if fnmatch.fnmatchcase(layer, rule.layers):
                 weights = rule.weights
                 reason = f"rule {rule.layers}: {rule.reason}"
                 if rule.activations is not None and not isinstance(module, nn.Embedding):
                     activations = rule.activations
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            weights, reason = "float32", f"padding mode {module.padding_mode} is not supported"
         if weights == "float32":
             activations = "none"
+        block = rank = None
+        if weights == "int4":
+            obstacle = int4_layers.obstacle(module)
+            if obstacle:
+                weights, reason = "int8", f"{reason}; int8: {obstacle}"
+            else:
+                form = int4_layers.form(module, settings.int4)
+                block, rank = form.block, form.rank
+                if form != int4_layers.Form(settings.int4.block, settings.int4.rank):
+                    reason += f"; its size leaves blocks of {block} and rank {rank}"
         plans.append(
-            LayerPlan(layer=layer, weights=weights, activations=activations, reason=reason)
+            LayerPlan(
+                layer=layer,
+                weights=weights,
+                activations=activations,
+                block=block,
+                rank=rank,
+                reason=reason,
+            )
         )
     return plans
 
@@ -174,22 +200,32 @@ def run(
     parents = dict(_parents(pipeline, settings.components))
     counts: dict[str, int] = {}
     snr_db: dict[str, float] = {}
+    in_4_bits: dict[str, float | None] = {}
     parameters = bytes_before = bytes_after = kept = 0
     for plan in plans:
         module: Any = layers.pop(plan.layer)
         bytes_before += module.weight.numel() * 4
-        if plan.weights != "int8":
+        if plan.weights == "float32":
             kept += 1
             bytes_after += module.weight.numel() * 4
             continue
-        replacement = quantized(module, plan.activations, static.get(plan.layer))
-        integers, scale = replacement.weight_int8, replacement.weight_scale
-        figure = weight_snr_db(module.weight, integers, scale)
+        replacement: Any
+        if plan.weights == "int4":
+            replacement = int4_layers.quantized(
+                module, int4_layers.form_of(plan), settings.int4.iterations
+            )
+            figure = int4_layers.weight_snr_db(module.weight, replacement)
+            in_4_bits[plan.layer] = figure
+            bytes_after += replacement.bytes
+        else:
+            replacement = quantized(module, plan.activations, static.get(plan.layer))
+            integers, scale = replacement.weight_int8, replacement.weight_scale
+            figure = weight_snr_db(module.weight, integers, scale)
+            bytes_after += integers.numel() + 4 * scale.numel()
         if figure is not None:
             snr_db[plan.layer] = figure
         counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
-        parameters += integers.numel()
-        bytes_after += integers.numel() + 4 * scale.numel()
+        parameters += module.weight.numel()
         parent, name = parents[plan.layer]
         setattr(parent, name, replacement)
         module.weight = None
@@ -204,20 +240,38 @@ def run(
         "weight_snr_db_min": round(snr_db[worst], 2) if worst else None,
         "weight_snr_db_min_layer": worst,
         "weight_snr_db_median": round(statistics.median(snr_db.values()), 2) if worst else None,
+        **({"int4": _of_int4(plans, in_4_bits)} if in_4_bits else {}),
         **calibrated,
     }
     return pipeline, plans, record
+
+
+def _of_int4(plans: Sequence[LayerPlan], snr_db: Mapping[str, float | None]) -> dict[str, Any]:
+    """What the record tells of the layers in 4 bits alone; the SNR of each by its path."""
+    found = [figure for figure in snr_db.values() if figure is not None]
+    return {
+        "layers": len(snr_db),
+        "ranks": sorted({plan.rank for plan in plans if plan.rank is not None}),
+        "weight_snr_db_min": round(min(found), 2) if found else None,
+        "weight_snr_db_median": round(statistics.median(found), 2) if found else None,
+    }
 
 
 def _check_finite(pipeline: Any, plans: Sequence[LayerPlan], components: Sequence[str]) -> None:
     layers = quantizable_layers(pipeline, components)
     for plan in plans:
         module: Any = layers[plan.layer]
-        if plan.weights != "int8":
+        if plan.weights == "float32":
             continue
-        if not bool(torch.stack(module.weight.aminmax()).isfinite().all()):
+        bounds = torch.stack(module.weight.aminmax())
+        if not bool(bounds.isfinite().all()):
             raise UserError(
                 f"the weight of {plan.layer} holds NaN or Inf; the source's files are damaged"
+            )
+        if plan.weights == "int4" and float(bounds.abs().max()) > int4_layers.LARGEST:
+            raise UserError(
+                f"the weight of {plan.layer} goes beyond {int4_layers.LARGEST:g}, and 4 bits have "
+                "float16 scales; name it in a rule with weights: int8"
             )
 
 
