@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from converters import components, golden, rewrites, support
+from converters import components, golden, palette_plan, rewrites, support
 from converters.components import Component
 from converters.progress import Progress
 from converters.schedule import compile_schedule
@@ -29,8 +29,9 @@ from mobile_runtime.manifest import (
 )
 from mobile_runtime.pipeline import Pipeline
 from mobile_runtime.tokenizer import ClipTokenizer
-from recipes import measure, stages
+from recipes import int4_layers, measure, stages
 from recipes.faults import RecipeError, collected
+from recipes.palette_settings import PaletteSettings
 from recipes.schedulers import choose_scheduler
 from recipes.schema import Recipe
 from recipes.sources import Source, check_resolution, open_source
@@ -98,7 +99,12 @@ def convert(request: Request, progress: Progress) -> Bundle:
         cases = golden.record_source(built, make_pipeline, _golden_prompts(recipe), progress)
 
         kept = stages.apply(pipeline, recipe, stages.preserving(recipe), stage, request.cache)
-        pipeline, plans = kept.pipeline, kept.plans
+        pipeline, plans, records = kept.pipeline, kept.plans, [*changed.records, *kept.records]
+        if palettes := _palettes(request):
+            progress("palettes")
+            made = palette_plan.apply(pipeline, plans, recipe, palettes, scheme.arithmetic)
+            plans, options = made.plans, replace(options, palettes=made.palettes)
+            records.append(made.record)
         if request.save_pipeline:
             stages.save(pipeline, plans, request.save_pipeline)
         built = build_components(pipeline, recipe)
@@ -125,7 +131,7 @@ def convert(request: Request, progress: Progress) -> Bundle:
                 tool_versions=tool_versions(),
                 source=info,
                 recipe=recipe.resolved(),
-                stages=(*changed.records, *kept.records),
+                stages=tuple(records),
                 notes=tuple(note for note in (scheme.note,) if note),
                 components=tuple(entries),
                 tokenizer=tokenizer,
@@ -167,6 +173,9 @@ def check(request: Request) -> Checked:
         check_resolution(pipeline, recipe.height, recipe.width)
     with collected(faults):
         pipeline = stages.check(pipeline, recipe)
+        if palettes := _palettes(request):
+            planned = stages.plan(pipeline, recipe)
+            palette_plan.check(pipeline, planned, palettes, scheme.arithmetic)
     with collected(faults):
         pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
         compiled = compile_generation(pipeline, recipe)
@@ -174,6 +183,11 @@ def check(request: Request) -> Checked:
         raise RecipeError(f"recipe {recipe.name}", faults)
     build_components(pipeline, recipe)  # refuses a module that has no component's shape
     return Checked(scheme, options, pipeline, *compiled)
+
+
+def _palettes(request: Request) -> PaletteSettings | None:
+    """The palettes to make: Core ML's alone."""
+    return request.recipe.targets.coreml.palettes if request.target == "coreml" else None
 
 
 def _check_free(request: Request) -> None:
@@ -289,12 +303,22 @@ def _lower(
         format=lowered.format,
         inputs=component.inputs,
         outputs=component.outputs,
-        scheme=scheme.name if any(p.weights == "int8" for p in mine) else scheme.arithmetic,
+        scheme=_scheme_of(mine, scheme),
         parameters=parameters,
         macs=macs,
         bytes=size_bytes(lowered.path),
         details=details,
     )
+
+
+def _scheme_of(plans: list[LayerPlan], scheme: support.Scheme) -> str:
+    """What a component's file holds, e.g. `w8`, `palettes`, or `w8+palettes`."""
+    kinds = {plan.weights for plan in plans}
+    # A component of a 4-bit recipe may be INT8 as a whole.
+    name = "w8" if scheme.name == "w4" and "int4" not in kinds else scheme.name
+    parts = [name] if kinds & {"int8", "int4"} else []
+    parts += ["palettes"] if "palette" in kinds else []
+    return "+".join(parts) or scheme.arithmetic
 
 
 def size_bytes(path: Path) -> int:
@@ -322,16 +346,29 @@ def dry_run(request: Request) -> str:
     scheme, pipeline, schedules = checked.scheme, checked.pipeline, checked.schedules
     plans = stages.plan(pipeline, recipe)
     int8 = {plan.layer for plan in plans if plan.weights == "int8"}
+    int4 = {plan.layer: int4_layers.form_of(plan) for plan in plans if plan.weights == "int4"}
+    palettes, bits = _palettes(request), dict[str, float]()
+    if palettes:
+        bits = palette_plan.stored_bits(pipeline, plans, palettes, scheme.arithmetic)
     lines = [f"{recipe.name} for {request.target}: {scheme.name}, computed in {scheme.arithmetic}"]
     lines += [f"note: {scheme.note}"] if scheme.note else []
+    if palettes:
+        mixed = "; their bits are planned from measurements, so MB are at most"
+        lines.append(f"palettes for {len(bits)} layers{mixed if palettes.mixed else ''}")
+    lines += [f"4 bits for {len(int4)} layers"] if int4 else []
     lines.append(f"{'component':14}{'parameters':>16}{'GMACs':>14}{'int8 layers':>13}{'MB':>12}")
     total = 0.0
     for name, component in build_components(pipeline, recipe).items():
         size = 0.0
         for path, parameter in component.module.named_parameters():
             float_bytes = 2 if scheme.arithmetic == "float16" else 4
-            quantized = path.endswith(".weight") and path.removesuffix(".weight") in int8
-            size += parameter.numel() * (1 if quantized else float_bytes)
+            layer = path.removesuffix(".weight") if path.endswith(".weight") else ""
+            if layer in bits:
+                size += bits[layer] / 8
+            elif layer in int4:
+                size += int4_layers.weight_bytes(tuple(parameter.shape), int4[layer])
+            else:
+                size += parameter.numel() * (1 if layer in int8 else float_bytes)
         parameters, macs = components.count_parameters(component), components.count_macs(component)
         layers = sum(layer.split(".")[0] == name for layer in int8)
         lines.append(f"{name:14}{parameters:16,}{macs / 1e9:14.2f}{layers:13}{size / 1e6:12.1f}")

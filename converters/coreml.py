@@ -18,21 +18,25 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
+from converters import coreml_int4
 from converters.components import Component
+from converters.coreml_palettes import check_stored, pass_pipeline
 from converters.layer_check import layer_check as layers_alone
 from converters.lowered import Lowered
+from converters.palettes import Palette
 from converters.support import Scheme
 from mobile_runtime.backends.mil import Program
 from mobile_runtime.backends.mil.package import Package
 from mobile_runtime.backends.mil.values import Constant, parse_constant
 from mobile_runtime.errors import UserError, choices, missing_backend
+from recipes.int4_layers import is_int4
 from recipes.quiet import bars_told, quiet
 from recipes.schema import Recipe
 
@@ -52,15 +56,15 @@ DEPLOYMENT_TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "iOS15": ("macOS 12", ("float",)),
     "iOS16": ("macOS 13", ("float", "int8")),
     "iOS17": ("macOS 14", ("float", "int8")),
-    "iOS18": ("macOS 15", ("float", "int8")),
+    "iOS18": ("macOS 15", ("float", "int8", "int4")),
 }
 
-# The exact rewrites (converters/rewrites.py) that this target asks for: none, Core ML takes the
-# graph as it is.
-REWRITES: tuple[str, ...] = ()
+# The exact rewrites (converters/rewrites.py) that this target asks for: of an upsampling to an odd
+# size coremltools would make one by a fraction. Core ML takes all else as it is.
+REWRITES: tuple[str, ...] = ("cropped_upsample",)
 
 _quantized = torch.ops.quantized_decomposed
-_WEIGHT_OPS = ("dequantize_per_channel.default",)
+_WEIGHT_OPS = ("dequantize_per_channel.default", "dequantize_blockwise.default")
 _STATIC_OPS = ("quantize_per_tensor.default", "dequantize_per_tensor.default")
 _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
@@ -76,15 +80,17 @@ class CoreMLOptions:
     float32: what to keep in float32 under float16: glob patterns over the paths of convs and
     linears (e.g. "unet.up_blocks.3.*"), and kinds of operation (e.g. "softmax"). A pattern for
     another component than the one at hand is passed over.
+    palettes: of the weights that palette_plan.py made, by the layer's path.
     """
 
     deployment_target: DeploymentTarget = "iOS17"
     compute_precision: ComputePrecision = "float16"
     group_norm: Literal["safe", "plain"] = "safe"
     float32: tuple[str, ...] = ()
+    palettes: Mapping[str, Palette] = field(default_factory=dict)
 
 
-def check(options: CoreMLOptions, weights: Literal["float", "int8"] = "float") -> None:
+def check(options: CoreMLOptions, weights: Literal["float", "int8", "int4"] = "float") -> None:
     """Refuse, before any work, options that are unknown or that the deployment target lacks.
 
     Raises UserError that lists the choices, or says what the target can do instead.
@@ -100,15 +106,16 @@ def check(options: CoreMLOptions, weights: Literal["float", "int8"] = "float") -
     if weights not in can:
         first = next(name for name, (_, kinds) in DEPLOYMENT_TARGETS.items() if weights in kinds)
         raise UserError(
-            f"the deployment target {target} ({macos}) has no compressed weights: "
-            f"choose {first} or later, or a recipe without INT8"
+            f"the deployment target {target} ({macos}) has no {weights} weights: set "
+            f"targets.coreml.deployment_target to {first} or later, or use a recipe without them"
         )
 
 
 def prepare(recipe: Recipe, scheme: Scheme) -> CoreMLOptions:
     """The options that a recipe asks for, checked; UserError where coremltools is missing."""
     options = CoreMLOptions(recipe.targets.coreml.deployment_target, scheme.arithmetic)
-    check(options, "float" if scheme.name == scheme.arithmetic else "int8")
+    is_float = scheme.name == scheme.arithmetic
+    check(options, "float" if is_float else "int4" if scheme.name == "w4" else "int8")
     if scheme.name == "w8a8" and options.deployment_target == "iOS16":
         raise UserError(
             "the deployment target iOS16 (macOS 13) has no quantized activations: choose iOS17 or "
@@ -132,11 +139,17 @@ def lower(
     """
     options = options or CoreMLOptions()
     integers = _weight_integers(program)
-    check(options, "int8" if integers else "float")
+    int4 = is_int4(program)
+    check(options, "int4" if int4 else "int8" if integers else "float")
     _check_activations(program)
     ct = _coremltools()
     path = folder / f"{PACKAGES[component.name]}.mlpackage"
     keep = _KeepFloat32(component.name, program, options.float32)
+    palettes = [
+        palette
+        for layer, palette in options.palettes.items()
+        if layer.split(".")[0] == component.name
+    ]
     with quiet("coremltools"), bars_told(progress):
         progress("decompose the graph")
         core_program = _decompose(program, options)
@@ -154,6 +167,7 @@ def lower(
                 if options.compute_precision == "float16"
                 else ct.precision.FLOAT32
             ),
+            pass_pipeline=pass_pipeline(palettes),
             skip_model_load=True,
         )
         _describe(model, component)
@@ -167,7 +181,7 @@ def lower(
         "compute_precision": options.compute_precision,
         "group_norm": options.group_norm,
         "kept_in_float32": sorted(options.float32),
-        **_read_back(path, component, integers),
+        **_read_back(path, component, integers, palettes),
     }
     return Lowered(path, "mlpackage", details)
 
@@ -186,7 +200,8 @@ def layer_check(
         program = torch.export.export(layers.module, tuple(args))
         with tempfile.TemporaryDirectory() as folder:
             # What it computes in is the package's; the layers' names are not the plan's here.
-            path = lower(layers, program, Path(folder), replace(chosen, float32=())).path
+            plain = replace(chosen, float32=(), palettes={})
+            path = lower(layers, program, Path(folder), plain).path
             feeds = {spec.name: x.numpy() for spec, x in zip(layers.inputs, args, strict=True)}
             found = Program.open(path).run(feeds, arithmetic=chosen.compute_precision)
         return [torch.from_numpy(found[spec.name]) for spec in layers.outputs]
@@ -199,6 +214,8 @@ def _coremltools() -> Any:
     with quiet("coremltools", "torchao"):
         try:
             import coremltools
+
+            coreml_int4.register()
         except ImportError as error:
             raise missing_backend("coremltools", "coreml", "converting to Core ML") from error
     return coremltools
@@ -214,7 +231,8 @@ def _describe(model: Any, component: Component) -> None:
 
 def _quantized_ops(program: torch.export.ExportedProgram) -> Iterator[torch.fx.Node]:
     for node in program.graph.nodes:
-        if node.op == "call_function" and str(node.target).startswith("quantized_decomposed."):
+        namespace = str(node.target).split(".")[0]
+        if node.op == "call_function" and namespace in ("quantized_decomposed", "pocket_diffusion"):
             yield node
 
 
@@ -229,7 +247,7 @@ def _check_activations(program: torch.export.ExportedProgram) -> None:
 
 
 def _weight_integers(program: torch.export.ExportedProgram) -> list[torch.Tensor]:
-    """The int8 weights that the graph dequantizes, each as often as it is used."""
+    """The integer weights that the graph dequantizes, each as often as it is used."""
     buffers = program.graph_signature.inputs_to_buffers
     return [
         program.state_dict[buffers[node.args[0].name]]  # type: ignore[union-attr]
@@ -360,11 +378,13 @@ def _of_timestep(block: Any) -> set[Any]:
     return found
 
 
-def _read_back(path: Path, component: Component, integers: list[torch.Tensor]) -> dict[str, Any]:
+def _read_back(
+    path: Path, component: Component, integers: list[torch.Tensor], palettes: list[Palette]
+) -> dict[str, Any]:
     """Check the saved package against the component; what it holds, for the manifest.
 
     Raises UserError for a constant that is not finite, and RuntimeError, a bug, where the package
-    does not declare the component's tensors or does not hold its integers.
+    does not declare the component's tensors or does not hold its integers and palettes.
     """
     package = Package(path)
     function = package.spec.mlProgram.functions["main"]
@@ -376,6 +396,7 @@ def _read_back(path: Path, component: Component, integers: list[torch.Tensor]) -
         raise RuntimeError(f"{path} declares the tensors {declared}, not {expected}")
     constants: dict[str, Constant] = {}
     stored: list[tuple[Constant, Constant]] = []
+    palettized: list[Mapping[str, Constant]] = []
     for op in operations:
         own = {
             name: parse_constant(value, package)
@@ -391,17 +412,23 @@ def _read_back(path: Path, component: Component, integers: list[torch.Tensor]) -
                 name: _bound(argument.arguments[0], constants, package)
                 for name, argument in op.inputs.items()
             }
+            if op.type == "constexpr_lut_to_dense":
+                palettized.append(given)
+                continue
             stored.append((given.get("quantized_data") or given["data"], given["scale"]))
     hashes = Counter(_hash(np.asarray(data.read())) for data, _ in stored)
     wanted = Counter(_hash(tensor.numpy()) for tensor in integers)
     # A weight that two layers share may be stored once.
     if set(hashes) != set(wanted):
         raise RuntimeError(f"{path} does not hold the integers of the quantized module")
+    check_stored(path, palettized, palettes)
     return {
         "specification_version": package.spec.specificationVersion,
         "op_kinds": dict(sorted(Counter(op.type for op in operations).items())),
         "float32_ops": _float32_ops(operations),
-        "int8_weights": len(stored),
+        "int8_weights": sum(data.type.dtype == "INT8" for data, _ in stored),
+        "int4_weights": sum(data.type.dtype == "INT4" for data, _ in stored),
+        "palettized_weights": len(palettized),
         "subnormal_scales": sum(_subnormal(scale) for _, scale in stored),
     }
 

@@ -24,7 +24,35 @@ HIGHEST_DB = 200.0
 """Told of a layer that changes nothing."""
 
 
-@torch.no_grad()
+class Reference:
+    """What components gave on remembered calls, to hold a change of their layers against."""
+
+    def __init__(
+        self,
+        components: Mapping[str, Sequence[nn.Module]],
+        calls: Mapping[str, Sequence[Call]],
+    ) -> None:
+        """components: the modules that run one after the other. calls: of the first of them."""
+        self._components = components
+        self._calls = calls
+        self._expected = {name: self._outputs(name) for name in components}
+
+    @torch.no_grad()
+    def _outputs(self, name: str) -> list[Tensor]:
+        return [_output(self._components[name], call) for call in self._calls[name]]
+
+    def snr_db(self, name: str) -> float:
+        """The SNR of a component's output as it is now, at most HIGHEST_DB."""
+        expected, outputs = self._expected[name], self._outputs(name)
+        signal = sum(float(tensor.double().square().sum()) for tensor in expected)
+        noise = sum(
+            float((out.double() - tensor.double()).square().sum())
+            for out, tensor in zip(outputs, expected, strict=True)
+        )
+        ratio = torch.tensor(signal / max(noise, signal * 10 ** (-HIGHEST_DB / 10), 1e-300))
+        return round(float(10 * ratio.double().log10()), 2)
+
+
 def sensitivities(
     components: Mapping[str, Sequence[nn.Module]],
     layers: Mapping[str, nn.Module],
@@ -36,25 +64,14 @@ def sensitivities(
     components: the modules that run one after the other. layers: by path, the component's name
     first. replace(path, module) puts a module in a layer's place; all are put back.
     """
-    expected = {
-        name: [_output(modules, call) for call in found.calls[name]]
-        for name, modules in components.items()
-    }
+    reference = Reference(components, found.calls)
     figures = {}
     for path, layer in tqdm(layers.items(), desc="sensitivity", unit="layer", delay=2, leave=False):
-        name = path.split(".")[0]
         replace(path, quantized(layer, "int8_static", found.static[path]))
         try:
-            outputs = [_output(components[name], call) for call in found.calls[name]]
+            figures[path] = reference.snr_db(path.split(".")[0])
         finally:
             replace(path, layer)
-        signal = sum(float(tensor.double().square().sum()) for tensor in expected[name])
-        noise = sum(
-            float((out.double() - tensor.double()).square().sum())
-            for out, tensor in zip(outputs, expected[name], strict=True)
-        )
-        ratio = torch.tensor(signal / max(noise, signal * 10 ** (-HIGHEST_DB / 10), 1e-300))
-        figures[path] = round(float(10 * ratio.double().log10()), 2)
     return figures
 
 

@@ -329,7 +329,7 @@ def test_what_the_target_cannot_do_is_refused(int8_pipeline: Any, tmp_path: Path
         lower(component, tmp_path, deployment_target="iOS12")
     with pytest.raises(UserError, match="unknown compute precision 'int4'"):
         lower(component, tmp_path, compute_precision="int4")
-    with pytest.raises(UserError, match=r"iOS15 \(macOS 12\) has no compressed weights: .* iOS16"):
+    with pytest.raises(UserError, match=r"iOS15 \(macOS 12\) has no int8 weights: .* iOS16"):
         lower(component, tmp_path, deployment_target="iOS15")
     dynamic, _ = quantize(
         make_small_pipeline(),
