@@ -17,6 +17,7 @@ from mobile_runtime.errors import UserError, choices
 from mobile_runtime.manifest import TensorSpec
 from recipes import measure
 from recipes.fold import FoldedUNet
+from recipes.sources import check_resolution
 
 # Added to the scores of hidden positions. Finite in float16, and far enough below any score for
 # softmax to give exactly zero in float32.
@@ -125,11 +126,6 @@ class VaeEncoder(nn.Module):
         return self.vae_encoder(sample)
 
 
-def size_multiple(pipeline: Any) -> int:
-    """What a picture's height and width have to be a multiple of, in pixels."""
-    return measure.vae_factor(pipeline.vae) * 2**pipeline.unet.num_upsamplers
-
-
 def build(pipeline: Any, name: str, *, height: int, width: int, batch: int) -> Component:
     """Wrap one module of a StableDiffusionPipeline. Sizes in pixels; `batch` is the UNet's.
 
@@ -137,12 +133,7 @@ def build(pipeline: Any, name: str, *, height: int, width: int, batch: int) -> C
     """
     if name not in BUILDERS:
         raise choices("component", name, list(BUILDERS))
-    multiple = size_multiple(pipeline)
-    if height % multiple or width % multiple or min(height, width) <= 0:
-        raise UserError(
-            f"a resolution of {width}x{height} does not fit the UNet: "
-            f"width and height must be multiples of {multiple}"
-        )
+    check_resolution(pipeline, height, width)
     component = BUILDERS[name](pipeline, height, width, batch)
     component.module.eval().requires_grad_(False)
     return component

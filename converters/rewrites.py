@@ -138,8 +138,13 @@ def decomposed_layer_norm(module: nn.Module) -> nn.Module:
     return _replace(module, nn.LayerNorm, DecomposedLayerNorm)
 
 
-class ConcatUpsample(nn.Module):
-    """Nearest-neighbour doubling by concatenating a picture with itself, then the convolution."""
+class CroppedUpsample(nn.Module):
+    """Upsample2D as a whole doubling, cropped by a row or a column where an odd size is asked for.
+
+    A UNet halves 2n - 1 rows to n, and asks its upsampler for 2n - 1 again. Of the nearest
+    neighbours, row i is then row floor(i * n / (2n - 1)) = floor(i / 2) of the n: the doubled
+    picture without its last row. So no target resizes by a fraction.
+    """
 
     def __init__(self, upsample: Upsample2D) -> None:
         super().__init__()
@@ -153,13 +158,33 @@ class ConcatUpsample(nn.Module):
             self.add_module(self.conv_name, getattr(upsample, self.conv_name))
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C', 2H, 2W)."""
-        x = double(hidden_states)
-        if output_size is not None and tuple(output_size) != tuple(x.shape[-2:]):
-            raise ValueError(f"doubling gives {tuple(x.shape[-2:])}, not {tuple(output_size)}")
+        """(B, C, H, W) -> (B, C', h, w), with h 2H or 2H - 1, and w as well; None: 2H and 2W."""
+        doubled = [2 * side for side in hidden_states.shape[-2:]]
+        size = doubled if output_size is None else list(output_size)
+        if any(side - wanted not in (0, 1) for side, wanted in zip(doubled, size, strict=True)):
+            raise ValueError(f"doubling gives {doubled}, and {size} is no crop of it by one")
+        x = self.enlarge(hidden_states, None if size == doubled else size)
         for conv in self.children():
             x = conv(x)
         return x
+
+    def enlarge(self, x: torch.Tensor, size: list[int] | None) -> torch.Tensor:
+        """The doubled picture, its upper left corner of `size`; None: all of it."""
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if size is None else x[:, :, : size[0], : size[1]]
+
+
+def cropped_upsample(module: nn.Module) -> nn.Module:
+    """Replace every Upsample2D by a doubling and a crop."""
+    return _replace(module, Upsample2D, CroppedUpsample)
+
+
+class ConcatUpsample(CroppedUpsample):
+    """The same by concatenating a picture with itself."""
+
+    def enlarge(self, x: torch.Tensor, size: list[int] | None) -> torch.Tensor:
+        """As the base class."""
+        return double(x, size)
 
 
 class ConcatDouble(nn.Module):
@@ -177,16 +202,20 @@ class ConcatDouble(nn.Module):
         return double(x)
 
 
-def double(x: torch.Tensor) -> torch.Tensor:
-    """Every pixel twice in both directions: (B, C, H, W) -> (B, C, 2H, 2W).
+def double(x: torch.Tensor, size: list[int] | None = None) -> torch.Tensor:
+    """Every pixel twice in both directions: (B, C, H, W) -> (B, C, 2H, 2W), or its corner.
 
+    size: height and width of the upper left corner that is wanted; None: everything.
     In channels-last order, a row of pixels beside itself on the channel axis is the wider row.
     """
     batch, channels, height, width = x.shape
     pixels = x.permute(0, 2, 3, 1)
     wide = _twice(pixels, (batch, height * width, channels))
     tall = _twice(wide, (batch, height, 2 * width * channels))
-    return tall.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+    doubled = tall.reshape(batch, 2 * height, 2 * width, channels)
+    if size is not None:
+        doubled = doubled[:, : size[0], : size[1]]
+    return doubled.permute(0, 3, 1, 2)
 
 
 def _twice(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -316,6 +345,7 @@ REWRITES: dict[str, Rewrite] = {
     "split_geglu": split_geglu,
     "decomposed_group_norm": decomposed_group_norm,
     "decomposed_layer_norm": decomposed_layer_norm,
+    "cropped_upsample": cropped_upsample,
     "upsample_by_concat": upsample_by_concat,
     "float_tiny_decoder": float_tiny_decoder,
     "constant_timesteps": constant_timesteps,

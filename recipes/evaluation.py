@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from mobile_runtime.errors import UserError
@@ -24,7 +23,6 @@ from recipes.losses import snr_db
 from recipes.measure import latent_size, with_modules
 from recipes.pocket.evaluate import score
 from recipes.pocket.scenes import Scene
-from recipes.pocket.shapes import SIDE
 from recipes.pocket.training import step_generator
 from recipes.schedulers import choose_scheduler, with_steps
 from recipes.schema import Recipe, Schedule
@@ -174,16 +172,9 @@ def _decibels(value: float) -> Figure:
 def _judged(judges: Judges, made: Drawn) -> Figure:
     if judges.scenes is None:
         return not_run("only the embedded model's own captions have a judge")
-    # The judge reads pictures of one size.
-    result = score([_at_side(picture) for picture in made.pictures], judges.scenes)
+    result = score(made.pictures, judges.scenes)
     together = result["by"]["together"]
     return {"value": together["share"], "interval_95": list(together["interval_95"]), **result}
-
-
-def _at_side(picture: np.ndarray) -> np.ndarray:
-    if picture.shape[:2] == (SIDE, SIDE):
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 def _against(made: Drawn, reference: Drawn | None) -> dict[str, Figure]:

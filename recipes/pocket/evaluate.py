@@ -51,6 +51,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 def score(pictures: np.ndarray | Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict:
     """Judge uint8 pictures (N, H, W, 3) against their scenes.
 
+    Pictures of another size than 64x64 are resized to it first (bicubic; judge.at_side).
     Returns, for each attribute that a scene can miss and for "together", the count that is
     right, the share and its interval; and the numbers of the pictures that failed.
     """

@@ -4,7 +4,7 @@ Plain computer vision with no learning. The background is the palette colour tha
 show; what differs from it falls into connected blobs; each blob's colour is its palette colour,
 its shape the drawn template that overlaps it best, its size the template's radius. An attribute
 that the caption left open is not demanded, but a picture must always hold exactly as many objects
-as the scene and nothing else.
+as the scene and nothing else. A picture of another size than 64x64 is first resized to it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from recipes.pocket.scenes import BACKGROUNDS, COLOURS, PLACES, SIZES, Object, Scene
 from recipes.pocket.shapes import SHAPES, SIDE, coverage, unit_moments
@@ -150,13 +151,22 @@ def _read_blob(image: NDArray, part: NDArray[np.bool_], ground: NDArray) -> Blob
     )
 
 
+def at_side(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture (H, W, 3) of any size as one of SIDE by SIDE, resized bicubically by Pillow.
+
+    Of drawn scenes a picture of half the side is still judged right. One that is not square is
+    stretched, and so are the shapes in it.
+    """
+    if picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        raise ValueError(f"a picture must be (H, W, 3), not {picture.shape}")
+    if picture.shape[:2] == (SIDE, SIDE):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
 def read(picture: NDArray[np.uint8]) -> Reading:
-    """Read a picture, uint8 (SIDE, SIDE, 3). A larger one of a multiple size is averaged down."""
-    side = picture.shape[0]
-    if picture.shape != (side, side, 3) or side % SIDE or side == 0:
-        raise ValueError(f"a picture must be (n * {SIDE}, n * {SIDE}, 3), not {picture.shape}")
-    step = side // SIDE
-    image = picture.astype(float).reshape(SIDE, step, SIDE, step, 3).mean((1, 3))
+    """Read a picture, uint8 (H, W, 3); one of another size than SIDE is resized (`at_side`)."""
+    image = at_side(picture).astype(float)
     palette = {**BACKGROUNDS, **COLOURS}
     colours = np.array(list(palette.values()), float)
     nearest = np.linalg.norm(image[:, :, None] - colours, axis=-1).argmin(-1)

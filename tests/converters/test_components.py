@@ -107,9 +107,12 @@ def test_an_unknown_component_lists_the_choices(tiny_pipeline: Any) -> None:
         build(tiny_pipeline, "safety_checker")
 
 
-def test_a_resolution_that_the_unet_cannot_take_names_the_multiple(tiny_pipeline: Any) -> None:
-    with pytest.raises(UserError, match=r"80x64 does not fit.*multiples of 64"):
-        components.build(tiny_pipeline, "unet", height=64, width=80, batch=1)
+@pytest.mark.parametrize(("width", "nearest"), [(84, "80 or 88"), (0, "8"), (-8, "8")])
+def test_a_resolution_that_the_vae_cannot_take_names_the_nearest(
+    tiny_pipeline: Any, width: int, nearest: str
+) -> None:
+    with pytest.raises(UserError, match=rf"width of {width} .*multiple of 8.*nearest is {nearest}"):
+        components.build(tiny_pipeline, "unet", height=64, width=width, batch=1)
 
 
 class SdTurbo:

@@ -458,7 +458,7 @@ def test_a_folder_that_is_no_clip_model_is_refused(
         ("--reference-steps 1000 --reference-scheduler lcm", "cannot make 1000 steps"),
         ("--set schedule.steps=none", "schedule.steps"),
         ("--set stages.0.quantize.rules=[{{layers:x,weights:int8,reason:x}}]", "no entry '0'"),
-        ("--resolution 72", "no multiple of 64"),
+        ("--resolution 70", "no multiple of 8"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_drawn(

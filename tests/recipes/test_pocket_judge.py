@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from recipes.pocket.captions import caption, parse_caption
 from recipes.pocket.evaluate import contact_sheet, held_out_scenes, score, wilson
@@ -134,11 +135,22 @@ def test_noise_fails():
     assert not judge(noise, parse_caption("a red star")).ok
 
 
-def test_a_larger_picture_is_judged_as_its_small_self(picture):
-    large = picture.repeat(4, axis=0).repeat(4, axis=1)
-    assert read(large) == read(picture)
-    with pytest.raises(ValueError, match="must be"):
-        read(picture[:60])
+@pytest.mark.parametrize("side", [32, 48, 96])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_drawing_of_another_size_is_judged_right(side, pairs):
+    scenes, pictures = held_out_drawings(60, pairs, seed=3)
+    resized = [
+        np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BOX))
+        for picture in pictures
+    ]
+    assert score(resized, scenes)["by"]["together"]["share"] == 1.0
+
+
+def test_what_is_no_picture_is_not_read(picture):
+    assert read(picture.repeat(2, axis=0).repeat(2, axis=1)).background == "cream"
+    for wrong in (picture[..., 0], picture[:0], picture[..., :2]):
+        with pytest.raises(ValueError, match=r"must be \(H, W, 3\)"):
+            read(wrong)
 
 
 def test_components_are_4_connected():
