@@ -3,14 +3,19 @@
     python -m tests.benchmarks.small                    # 512 captions a row
     python -m tests.benchmarks.small --captions 64 --rows teacher 2-step
 
-Every row is a bundle for ONNX Runtime, made by the command, and drawn from in ONNX Runtime: caption
-k from seed k. Rows that stand beside each other are drawn in one run.
+Every row is a bundle for ONNX Runtime, made by the command, and drawn from in ONNX Runtime:
+caption k from seed k. What a row's recipe trains is kept (recipes/work.py), so the first run takes
+hours and the next some minutes a row; a run that was killed goes on. Milliseconds are medians of
+rounds in which every row draws one picture.
 """
 
 import argparse
+import hashlib
+import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +27,8 @@ from tqdm import tqdm
 
 from converters import cli
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.parity import picture_psnr_db
+from mobile_runtime.errors import UserError
+from mobile_runtime.parity import measure, picture_psnr_db
 from mobile_runtime.pictures import contact_sheet
 from mobile_runtime.pipeline import Pipeline
 from recipes import schema
@@ -30,26 +36,83 @@ from recipes.pocket import evaluate
 from tests.benchmarks.machine import describe
 
 SHOWN = 6
+ROUNDS = 15
 
 
 @dataclass(frozen=True)
 class Row:
-    """A recipe, some of its stages, and the row that it is compared with."""
+    """A recipe, what is different in this row, and the row that it is held against."""
 
     recipe: str
     stages: int | None = None
     """The first so many of the recipe's stages; all by default."""
-    beside: str | None = None
-    """The row whose pictures these should be."""
+    more: tuple[dict[str, Any], ...] = ()
+    """Stages after those."""
     changes: dict[str, Any] = field(default_factory=dict)
+    beside: str | None = None
+    """The row that it was made from."""
+    points: float | None = None
+    """The aim: at most so many points of accuracy below that row."""
 
+
+def _again(**settings: Any) -> dict[str, Any]:
+    """A distillation as the shipped ones are."""
+    usual = {
+        "batch": 32,
+        "learning_rate": 3.0e-4,
+        "warmup": 50,
+        "average_decay": 0.99,
+    }
+    return {"distill": usual | settings}
+
+
+ONE_STEP = _again(
+    method="progressive", steps=1, teacher_steps=2, pictures=1024, draw_steps=2, iterations=400
+)
+AFTER_PRUNING = _again(
+    method="output", steps=2, iterations=800, learning_rate=5.0e-4, feature_weight=0.1
+)
+TINY_DECODER = {
+    "decoder": {
+        "channels": 16,
+        "blocks": 2,
+        "iterations": 10_000,
+        "batch": 16,
+        "learning_rate": 2.0e-3,
+        "warmup": 200,
+        "average_decay": 0.999,
+        "pictures": 1024,
+        "held_out": 64,
+        "save_every": 1000,
+        "watch_every": 2000,
+    }
+}
+STATIC = {"weights": "int8", "activations": "int8_static", "calibration": {"samples": 16}}
 
 ROWS: dict[str, Row] = {
     "teacher": Row("pocket_fp32"),
-    "teacher-int8": Row("pocket_int8", beside="teacher"),
-    "4-step": Row("pocket_turbo", 1, "teacher", {"schedule.steps": 4}),
-    "2-step": Row("pocket_turbo", beside="teacher"),
-    "2-step-int8": Row("pocket_turbo_int8", beside="2-step"),
+    "teacher-int8": Row("pocket_int8", beside="teacher", points=0.5),
+    "4-step": Row(
+        "pocket_turbo", stages=1, changes={"schedule.steps": 4}, beside="teacher", points=1
+    ),
+    "2-step": Row("pocket_turbo", beside="teacher", points=2),
+    "1-step": Row(
+        "pocket_turbo",
+        more=(ONE_STEP,),
+        changes={"schedule.steps": 1},
+        beside="teacher",
+        points=4,
+    ),
+    "2-step-int8": Row("pocket_turbo_int8", beside="2-step", points=0.5),
+    "2-step-w8a8-naive": Row("pocket_turbo", more=({"quantize": STATIC},), beside="2-step"),
+    "2-step-w8a8": Row("pocket_turbo_w8a8", beside="2-step", points=1.5),
+    "2-step-blocks": Row(
+        "pocket_turbo",
+        more=({"prune": {"blocks": "bk_small"}}, AFTER_PRUNING),
+        beside="2-step",
+        points=3,
+    ),
+    "2-step-tiny-decoder": Row("pocket_turbo", more=(TINY_DECODER,), beside="2-step", points=1),
 }
 
 
@@ -57,33 +120,69 @@ def recipe_of(name: str, row: Row, folder: Path) -> Path:
     """The row's recipe as a file."""
     data = schema.load(row.recipe).resolved()
     data["name"] = name
-    data["stages"] = data["stages"][: row.stages]
+    data["stages"] = [*data["stages"][: row.stages], *row.more]
     recipe = schema.parse(data, row.changes)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe.resolved(), sort_keys=False))
+    path.write_text(recipe.to_yaml())
     return path
 
 
-def convert(name: str, row: Row, folder: Path, keep: bool) -> Bundle:
-    """The row's bundle."""
-    output = folder / name
-    if not (keep and output.exists()):
-        path = recipe_of(name, row, folder)
-        if cli.main("onnx", ["--recipe", str(path), "--output", str(output), "--force"]):
-            print(f"{output} missed a gate", file=sys.stderr)
+def convert(name: str, row: Row, folder: Path) -> Bundle:
+    """The row's bundle; the one that is there, if it was made from the same recipe."""
+    output, path = folder / name, recipe_of(name, row, folder)
+    if output.exists():
+        try:
+            bundle = Bundle.open(output)
+        except UserError:
+            pass
+        else:
+            if bundle.manifest.recipe == yaml.safe_load(path.read_text()):
+                return bundle
+    if cli.main("onnx", ["--recipe", str(path), "--output", str(output), "--force"]):
+        print(f"{output} missed a gate", file=sys.stderr)
     return Bundle.open(output)
 
 
-def draw(bundle: Bundle, cases: list[Any]) -> tuple[np.ndarray, float]:
-    """The captions' pictures, and the median seconds of one."""
+@dataclass(frozen=True)
+class Drawn:
+    """A row's pictures (N, H, W, 3) uint8 and latents (N, C, h, w) of the captions."""
+
+    pictures: np.ndarray
+    latents: np.ndarray
+
+
+def draw(bundle: Bundle, texts: Sequence[str], folder: Path) -> Drawn:
+    """The captions' pictures, kept beside the bundle."""
+    name = bundle.manifest.name
+    what = (bundle.path / "manifest.json").read_text() + "\n".join(texts)
+    kept = folder / f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.npz"
+    if kept.exists():
+        with np.load(kept) as file:
+            return Drawn(file["pictures"], file["latents"])
     pipeline = Pipeline.from_bundle(bundle)
-    pictures, seconds = [], []
-    for seed, (text, _) in enumerate(tqdm(cases, desc=bundle.manifest.name)):
-        started = time.perf_counter()
-        pictures.append(pipeline(text, seed=seed).picture)
-        seconds.append(time.perf_counter() - started)
-    return np.stack(pictures), statistics.median(seconds)
+    results = [pipeline(text, seed=k) for k, text in enumerate(tqdm(texts, desc=name))]
+    drawn = Drawn(
+        np.stack([result.picture for result in results]),
+        np.concatenate([result.latents for result in results]),
+    )
+    partial = kept.with_suffix(".partial.npz")
+    np.savez(partial, pictures=drawn.pictures, latents=drawn.latents)
+    partial.replace(kept)
+    return drawn
+
+
+def milliseconds(bundles: dict[str, Bundle], text: str) -> dict[str, float]:
+    """The median time of a picture; rows take turns, so that a change of the machine hits all."""
+    pipelines = {name: Pipeline.from_bundle(bundle) for name, bundle in bundles.items()}
+    spent: dict[str, list[float]] = {name: [] for name in bundles}
+    for turn in tqdm(range(ROUNDS + 1), desc="latency"):
+        for name, pipeline in pipelines.items():
+            started = time.perf_counter()
+            pipeline(text, seed=turn)
+            if turn:  # the first warms up
+                spent[name].append(1000 * (time.perf_counter() - started))
+    return {name: statistics.median(times) for name, times in spent.items()}
 
 
 def work(bundle: Bundle) -> float:
@@ -95,46 +194,65 @@ def work(bundle: Bundle) -> float:
     return prompts * macs["text_encoder"] + steps * macs["unet"] + macs["vae_decoder"]
 
 
+def against(other: Drawn | None, drawn: Drawn) -> str:
+    """SNR of the latents and median PSNR of the pictures, in dB."""
+    if other is None:
+        return ""
+    if other.latents.shape != drawn.latents.shape:
+        return "another size"
+    pairs = zip(other.pictures, drawn.pictures, strict=True)
+    psnr_db = float(np.median([picture_psnr_db(*pair) for pair in pairs]))
+    return f"{measure(other.latents, drawn.latents).snr_db:.1f} / {psnr_db:.1f}"
+
+
+def verdict(bundle: Bundle) -> str:
+    """What the bundle's report says."""
+    report = bundle.path / "report.json"
+    return str(json.loads(report.read_text())["verdict"]) if report.exists() else "not validated"
+
+
 def main() -> int:
     """Convert, draw, judge, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--captions", type=int, default=512)
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--keep", action="store_true", help="take the bundles that are there")
     parser.add_argument("--folder", type=Path, default=Path("bundles/small"))
     arguments = parser.parse_args()
-    bundles = {
-        name: convert(name, ROWS[name], arguments.folder, arguments.keep) for name in arguments.rows
-    }
+    folder = arguments.folder
+    bundles = {name: convert(name, ROWS[name], folder) for name in arguments.rows}
     cases = evaluate.held_out_scenes(arguments.captions)
+    texts, scenes = [text for text, _ in cases], [scene for _, scene in cases]
+    drawn = {name: draw(bundle, texts, folder) for name, bundle in bundles.items()}
+    times = milliseconds(bundles, texts[0])
     print(f"{describe()}\n")
     print(
         "| | parameters M | GMACs a picture | models MB | ms a picture | judged right | "
-        "95 % interval | PSNR beside | verdict |\n|---|---|---|---|---|---|---|---|---|"
+        "95 % interval | points below (aim) | SNR / PSNR dB of that row | of the teacher | "
+        "verdict |\n|---|---|---|---|---|---|---|---|---|---|---|"
     )
-    drawn: dict[str, np.ndarray] = {}
+    right: dict[str, float] = {}
     for name, bundle in bundles.items():
-        drawn[name], seconds = draw(bundle, cases)
-        together = evaluate.score(drawn[name], [scene for _, scene in cases])["by"]["together"]
+        row, parts = ROWS[name], bundle.manifest.components
+        judged = evaluate.score(drawn[name].pictures, scenes)
+        together = judged["by"]["together"]
+        right[name] = 100 * together["share"]
         low, high = (f"{100 * bound:.1f}" for bound in together["interval_95"])
-        parts = bundle.manifest.components
-        beside, told = ROWS[name].beside, ""
-        if beside in drawn:
-            pairs = zip(drawn[beside], drawn[name], strict=True)
-            told = f"{np.median([picture_psnr_db(*pair) for pair in pairs]):.1f} dB of {beside}"
-        verdict = "not validated"
-        if (bundle.path / "report.json").exists():
-            verdict = str(yaml.safe_load((bundle.path / "report.json").read_text())["verdict"])
+        below = ""
+        if row.beside in right:
+            aim = "" if row.points is None else f" ({row.points:g})"
+            below = f"{right[row.beside] - right[name]:.1f} of {row.beside}{aim}"
+        teacher = drawn.get("teacher") if name != "teacher" else None
         print(
             f"| {name} | {sum(part.parameters for part in parts) / 1e6:.2f} | "
-            f"{work(bundle) / 1e9:.2f} | {sum(part.bytes for part in parts) / 1e6:.1f} | "
-            f"{1000 * seconds:.0f} | {100 * together['share']:.1f} % | {low}-{high} | {told} | "
-            f"{verdict} |",
+            f"{work(bundle) / 1e9:.3f} | {sum(part.bytes for part in parts) / 1e6:.1f} | "
+            f"{times[name]:.0f} | {right[name]:.1f} % | {low}-{high} | {below} | "
+            f"{against(drawn.get(row.beside or ''), drawn[name])} | "
+            f"{against(teacher, drawn[name])} | {verdict(bundle)} |",
             flush=True,
         )
-    sheet = [picture for name in drawn for picture in drawn[name][:SHOWN]]
-    words = [f"{name}: {text}" for name in drawn for text, _ in cases[:SHOWN]]
-    path = arguments.folder / "sheet.png"
+    sheet = [picture for name in drawn for picture in drawn[name].pictures[:SHOWN]]
+    words = [f"{name}: {text}" for name in drawn for text in texts[:SHOWN]]
+    path = folder / "sheet.png"
     Image.fromarray(contact_sheet(sheet, words, columns=SHOWN, scale=2)).save(path)
     print(f"\n{path}")
     return 0
