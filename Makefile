@@ -35,10 +35,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-## bench: the figures of BENCHMARKS.md (the real sizes need 8 GB of memory; an hour in all)
+## bench: the figures of BENCHMARKS.md (the real sizes need 17 GB of memory; three hours in all)
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.pocket
+	$(BIN)/python -m tests.benchmarks.small
 	$(BIN)/python -m tests.benchmarks.full_size
+	$(BIN)/python -m tests.benchmarks.full_size_stages
 
 clean:
 	rm -rf $(VENV) bundles

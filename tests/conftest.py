@@ -124,7 +124,7 @@ REASONS: dict[str, Callable[[], str | None]] = {
     "gpu": _no_cuda,
     "macos": lambda: None if sys.platform == "darwin" else "needs Core ML on a Mac",
     "device": lambda: "needs a phone or another computer; ask for it with -m device",
-    "full_size": lambda: "takes minutes and 14 GB; ask for it with -m full_size",
+    "full_size": lambda: "takes minutes and 17 GB; ask for it with -m full_size",
 }
 
 
