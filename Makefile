@@ -28,7 +28,7 @@ demo: $(INSTALLED)
 
 ## test: linters and the default tests
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -23,7 +23,8 @@ EXAMPLES = """examples:
 {own}"""
 OWN_EXAMPLES: dict[Target, str] = {
     "coreml": "  python -m converters.coreml --recipe pocket_int8 "
-    "--set targets.coreml.deployment_target=iOS18\n",
+    "--set targets.coreml.deployment_target=iOS18\n"
+    "  python -m converters.coreml --recipe pocket_turbo --set targets.coreml.palettes.bits=6\n",
     "onnx": "  python -m converters.onnx --recipe pocket_int8 --set targets.onnx.ort_format=true\n",
     "executorch": "",
 }

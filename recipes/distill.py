@@ -45,7 +45,6 @@ from recipes.trajectory import Trajectory
 from recipes.work import TRAINING, Outcome, Work, kept_at
 
 SOLVER_STEPS = 50
-EMPTY_SHARE = 0.1
 WATCHED = 8
 
 

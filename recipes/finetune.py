@@ -159,7 +159,7 @@ class _Lesson:
 
     @torch.no_grad()
     def snr_db(self, student: Any) -> float:
-        """Of the student's output, all along the schedule, on pictures that it was not trained on."""
+        """Of the student's output, all along the schedule, on pictures that are not trained on."""
         theirs, mine = [], []
         places = self.trajectory.places
         for step in range(MEASURED):

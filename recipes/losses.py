@@ -171,6 +171,10 @@ class Features:
     def _see(self, name: str, out: Any) -> None:
         self.seen[name] = out[0] if isinstance(out, tuple) else out
 
+    def keep_second_half(self) -> None:
+        """Of a pair of batches in one call, the outputs of the second."""
+        self.seen = {name: out.chunk(2)[1] for name, out in self.seen.items()}
+
     def __enter__(self) -> "Features":
         return self
 

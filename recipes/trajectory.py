@@ -70,6 +70,8 @@ class Trajectory:
                 with Features(self.teacher) as features:
                     out = self.guided(self.teacher, scaled, at, states, self.teacher_guidance)
                 if index == stop:
+                    if self.teacher_guidance > 1 >= self.student_guidance:
+                        features.keep_second_half()  # of the empty prompt and the said one
                     return Call(scaled, at, states, out, features)
                 x = scheduler.step(out, t, x, **options).prev_sample
         raise AssertionError(f"{steps} steps have no step {stop}")

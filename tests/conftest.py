@@ -10,6 +10,9 @@ import pytest
 # Read when torch is first imported. These models are so small that on a shared machine OpenMP's
 # threads would spend most of their time spinning for each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many workers as cores: a thread each.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def make_tiny_pipeline(seed: int = 0) -> Any:

@@ -106,9 +106,19 @@ ROWS: dict[str, Row] = {
     "2-step-int8": Row("pocket_turbo_int8", beside="2-step", points=0.5),
     "2-step-w8a8-naive": Row("pocket_turbo", more=({"quantize": STATIC},), beside="2-step"),
     "2-step-w8a8": Row("pocket_turbo_w8a8", beside="2-step", points=1.5),
+    "2-step-4bit-plain": Row(
+        "pocket_turbo_4bit", changes={"stages.quantize.int4.rank": 0}, beside="2-step"
+    ),
+    "2-step-4bit": Row("pocket_turbo_4bit", beside="2-step", points=2),
     "2-step-blocks": Row(
         "pocket_turbo",
         more=({"prune": {"blocks": "bk_small"}}, AFTER_PRUNING),
+        beside="2-step",
+        points=3,
+    ),
+    "2-step-channels": Row(
+        "pocket_turbo",
+        more=({"prune": {"channels": {"macs": 0.4, "spread": "importance"}}}, AFTER_PRUNING),
         beside="2-step",
         points=3,
     ),

@@ -28,7 +28,8 @@ def test_the_table_has_every_cell():
 @pytest.mark.parametrize("name", schema.names())
 def test_every_shipped_recipe_has_an_answer_for_every_target(name, target):
     recipe = schema.load(name)
-    weights = "int8" if recipe.stages else "float"
+    asked = [stage.quantize.every_weights for stage in recipe.stages if stage.quantize]
+    weights = "float" if not asked else "int4" if "int4" in asked[0] else "int8"
     if isinstance(SUPPORT[target, recipe.precision, weights], Refusal):
         with pytest.raises(UserError, match=f"{target} cannot do .*; .* or "):
             scheme_for(target, recipe)
@@ -90,3 +91,22 @@ def test_static_activations_in_float16_are_refused_by_every_target():
     for target in get_args(Target):
         with pytest.raises(UserError, match="leave the precision on auto or float32"):
             scheme_for(target, schema.load("pocket_int8", changes))
+
+
+def test_4_bits_in_blocks_are_onnxs_and_core_mls_and_gated_by_component():
+    recipe = schema.load("pocket_int8", {"stages.quantize.weights": "int4"})
+    for target, arithmetic in (("onnx", "float32"), ("coreml", "float16")):
+        scheme = scheme_for(target, recipe)
+        assert (scheme.name, scheme.arithmetic) == ("w4", arithmetic)
+        told = gates(recipe, scheme)
+        assert (told.component_snr_db, told.picture_psnr_db, told.layer_snr_db) == (60, 40, None)
+    with pytest.raises(UserError, match="weights to int8, or convert to ONNX or Core"):
+        scheme_for("executorch", recipe)
+
+
+def test_one_rule_with_4_bits_makes_the_whole_scheme_4_bits():
+    rule = {"layers": "unet.*", "weights": "int4", "reason": "test"}
+    recipe = schema.load("pocket_int8", {"stages.quantize.rules": [rule]})
+    assert scheme_for("onnx", recipe).name == "w4"
+    with pytest.raises(UserError, match="another function"):
+        scheme_for("executorch", recipe)

@@ -88,6 +88,21 @@ def test_a_student_is_trained_kept_and_found_again(
     assert options[0] == options[1]
 
 
+def test_blocks_learn_from_the_said_half_of_a_guided_teacher(prompts: Path, tmp_path: Path) -> None:
+    asked = recipe(prompts, method="output", feature_weight=1.0, guidance=2.0, iterations=1)
+    applied = stages.apply(make_tiny_pipeline(), asked, cache=tmp_path)
+    record = (tmp_path / applied.records[0]["result"] / "training" / "output-loss.csv").read_text()
+    loss = float(record.splitlines()[1].split(",")[1])
+
+    # Without guidance student and teacher are equal before the first step, blocks and all: what is
+    # left under guidance is of the output alone.
+    plain = recipe(prompts, method="output", guidance=2.0, iterations=1)
+    applied = stages.apply(make_tiny_pipeline(), plain, cache=tmp_path)
+    record = (tmp_path / applied.records[0]["result"] / "training" / "output-loss.csv").read_text()
+    assert loss > 0
+    assert loss == pytest.approx(float(record.splitlines()[1].split(",")[1]), rel=1e-4)
+
+
 def test_a_killed_training_ends_where_an_uninterrupted_one_does(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
