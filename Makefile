@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-DEMO := bundles/pocket_int8-coreml
+DEMO := bundles/pocket_turbo_int8-coreml
 PROMPTS := \
 	"a large red star in the center on navy" \
 	"a small cyan ring in the top left on a cream background" \
@@ -21,9 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-## demo: the embedded model as a validated INT8 Core ML bundle, and pictures from it
+## demo: the embedded model in two steps as a validated INT8 Core ML bundle, and pictures from it
 demo: $(INSTALLED)
-	$(BIN)/python -m converters.coreml --recipe pocket_int8 --output $(DEMO) --force
+	$(BIN)/python -m converters.coreml --recipe pocket_turbo_int8 --output $(DEMO) --force
 	$(BIN)/python -m mobile_runtime generate $(DEMO) $(PROMPTS) --output bundles/demo --force
 
 ## test: linters and the default tests

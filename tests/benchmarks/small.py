@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image
 from tqdm import tqdm
 
 from converters import cli
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError
 from mobile_runtime.parity import measure, picture_psnr_db
-from mobile_runtime.pictures import contact_sheet
+from mobile_runtime.pictures import write_png
 from mobile_runtime.pipeline import Pipeline
 from recipes import schema
+from recipes.evaluation_table import stage_sheet
 from recipes.pocket import evaluate
 from tests.benchmarks.machine import describe
 
@@ -260,10 +260,9 @@ def main() -> int:
             f"{against(teacher, drawn[name])} | {verdict(bundle)} |",
             flush=True,
         )
-    sheet = [picture for name in drawn for picture in drawn[name].pictures[:SHOWN]]
-    words = [f"{name}: {text}" for name in drawn for text in texts[:SHOWN]]
     path = folder / "sheet.png"
-    Image.fromarray(contact_sheet(sheet, words, columns=SHOWN, scale=2)).save(path)
+    shown = [made.pictures[:SHOWN] for made in drawn.values()]
+    write_png(path, stage_sheet(shown, list(drawn), texts[:SHOWN], 2))
     print(f"\n{path}")
     return 0
 
