@@ -154,8 +154,8 @@ def _read_blob(image: NDArray, part: NDArray[np.bool_], ground: NDArray) -> Blob
 def at_side(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A picture (H, W, 3) of any size as one of SIDE by SIDE, resized bicubically by Pillow.
 
-    Of drawn scenes a picture of half the side is still judged right. One that is not square is
-    stretched, and so are the shapes in it.
+    Drawn scenes of half the side are still judged right, but for one pair in some hundreds. A
+    picture that is not square is stretched, and so are the shapes in it.
     """
     if picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
         raise ValueError(f"a picture must be (H, W, 3), not {picture.shape}")
