@@ -1,7 +1,8 @@
 """What each stage of a recipe does to the pictures: `python -m recipes.evaluate --help`.
 
 The recipe's stages run one after the other, and after each that changes the function, and after the
-last, the pipeline is evaluated (evaluation.py).
+last, the pipeline is evaluated (evaluation.py). With a resolution stage the pictures before it have
+the size that it starts from, and the first row after it is the reference of the later ones.
 """
 
 if __name__ == "__main__":
@@ -25,7 +26,6 @@ from recipes import overrides, prompts, schema, stages
 from recipes.evaluation import SHOWN, Evaluation, Judges, reference_schedule
 from recipes.evaluation_table import as_table, stage_sheet
 from recipes.features import Features, Folder, Network, open_clip, open_network
-from recipes.measure import measure
 from recipes.pocket.evaluate import held_out_scenes
 from recipes.pocket.scenes import Scene
 from recipes.schedulers import choose_scheduler, with_steps
@@ -66,10 +66,9 @@ def main(argv: list[str]) -> int:
         "tools": _tools(),
     }
     evaluation = Evaluation(recipe, judges, schedule, head, arguments.json, arguments.save_pictures)
-    pipeline = source.pipeline
-    evaluation.add(-1, pipeline, measure(pipeline, recipe.height, recipe.width, recipe.guided))
+    evaluation.add(-1, source.pipeline)
     applied = stages.apply(
-        pipeline,
+        source.pipeline,
         recipe,
         progress=lambda name: print(f"stage {name}", flush=True),
         seen=evaluation.after,
@@ -78,7 +77,7 @@ def main(argv: list[str]) -> int:
     print(as_table(evaluation.rows, len(chosen), judges.features))
     if arguments.sheet:
         labels = [row["stage"] for row in evaluation.rows]
-        scale = sheet_scale(recipe.height)
+        scale = sheet_scale(max(row["size"][0] for row in evaluation.rows))
         write_png(arguments.sheet, stage_sheet(evaluation.shown, labels, chosen[:SHOWN], scale))
     return 0
 

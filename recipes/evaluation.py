@@ -20,7 +20,7 @@ from mobile_runtime.pictures import write_png
 from recipes import drawn, quality, schema
 from recipes.features import Clip, Features
 from recipes.losses import snr_db
-from recipes.measure import latent_size, with_modules
+from recipes.measure import latent_size, measure, with_modules
 from recipes.pocket.evaluate import score
 from recipes.pocket.scenes import Scene
 from recipes.pocket.training import step_generator
@@ -35,6 +35,8 @@ PIXELS = 2**20
 """Of the pictures that are drawn together."""
 NOISE, FRESH_NOISE = 7, 8
 """Streams of random numbers; the first is the one that recipes.pocket.evaluate draws from."""
+
+REFERENCE = "this is the reference"
 
 Figure = dict[str, Any]
 """{"value": number}, {"value": None, "equal": True} for infinite dB, or {"value": None,
@@ -93,6 +95,17 @@ def schedule_after(recipe: Recipe, index: int, reference: Schedule) -> Schedule:
     if not so_far:
         return reference
     return Schedule(scheduler="source", steps=so_far[-1].steps, guidance_scale=0.0)
+
+
+def size_after(recipe: Recipe, index: int) -> tuple[int, int]:
+    """Height and width to draw at once the stages up to index have run.
+
+    Before a resolution stage the pipeline knows only the size that this stage starts from.
+    """
+    for stage in recipe.stages[index + 1 :]:
+        if stage.resolution:
+            return stage.resolution.drawn_at
+    return recipe.height, recipe.width
 
 
 def seen_stages(recipe: Recipe) -> list[int]:
@@ -180,9 +193,7 @@ def _judged(judges: Judges, made: Drawn) -> Figure:
 def _against(made: Drawn, reference: Drawn | None) -> dict[str, Figure]:
     names = ("psnr_db", "ssim", "latent_snr_db")
     if reference is None:
-        return dict.fromkeys(names, not_run("this is the reference"))
-    if made.latents.shape != reference.latents.shape:
-        return dict.fromkeys(names, not_run("the reference's pictures have another size"))
+        return dict.fromkeys(names, not_run(REFERENCE))
     found = {"psnr_db": _decibels(quality.psnr_db(reference.pictures, made.pictures))}
     if min(made.pictures.shape[1:3]) < quality.SSIM_WINDOW:
         found["ssim"] = not_run(f"the pictures are smaller than {quality.SSIM_WINDOW} pixels")
@@ -209,7 +220,7 @@ def _cmmd(judges: Judges, made: Drawn, reference: Drawn | None) -> Figure:
             "n": [len(made.clip), len(judges.wanted_clip)],
         }
     if reference is None or reference.clip is None:
-        return not_run("this is the reference")
+        return not_run(REFERENCE)
     value = quality.cmmd(made.clip, reference.clip)
     return {"value": value, "against": "reference", "n": [len(made.clip), len(reference.clip)]}
 
@@ -242,38 +253,40 @@ class Evaluation:
     head: dict[str, Any]
     json: Path | None = None
     pictures_in: Path | None = None
-    reference: Drawn | None = None
 
     def __post_init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.references: dict[tuple[int, int], tuple[dict[str, Any], Drawn]] = {}
+        """By size: the first row that was drawn at it, which later ones are held against."""
         self.shown: list[np.ndarray] = []
 
     def after(self, applied: Applied) -> None:
         """Draw and measure after the stages that have run, if their last is one to be seen."""
         index = len(applied.records) - 1
         if index in seen_stages(self.recipe):
-            self.add(index, applied.pipeline, applied.records[-1]["after"])
+            self.add(index, applied.pipeline)
 
-    def add(self, index: int, pipeline: Any, components: dict[str, dict[str, int]]) -> None:
-        """Draw and measure after stage `index`; -1: before any. components: as `measure` has it."""
+    def add(self, index: int, pipeline: Any) -> None:
+        """Draw and measure after stage `index`; -1: before any."""
         name = self.recipe.stages[index].name if index >= 0 else "source"
         schedule = self.reference_schedule
         if index >= 0:
             schedule = schedule_after(self.recipe, index, schedule)
-        size = (self.recipe.height, self.recipe.width)
+        size = size_after(self.recipe, index)
         judges = self.judges
         latents, pictures = draw(pipeline, schedule, judges.prompts, size, judges.seed, name)
         made = Drawn(latents, pictures, *self._features(pictures))
         row = {
             "stage": name,
             "stages": [stage.name for stage in self.recipe.stages[: index + 1]],
+            "size": list(size),
             "schedule": _told(pipeline, schedule),
-            **_sizes(components, self.recipe, schedule),
-            "figures": figures(judges, made, self.reference),
+            **_sizes(pipeline, size, schedule),
         }
-        if self.reference is None:
-            self.reference = made
-        row["same_schedule"] = not self.rows or row["schedule"] == self.rows[0]["schedule"]
+        first, reference = self.references.get(size, (row, None))
+        row["figures"] = figures(judges, made, reference)
+        row["same_schedule"] = row["schedule"] == first["schedule"]
+        self.references.setdefault(size, (row, made))
         self.rows.append(row)
         self.shown.append(pictures[:SHOWN].copy())
         self._save(pictures, f"{len(self.rows) - 1}-{name}")
@@ -317,16 +330,13 @@ def _told(pipeline: Any, schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def _sizes(
-    components: dict[str, dict[str, int]], recipe: Recipe, schedule: Schedule
-) -> dict[str, Any]:
-    """components: measured for the recipe's guidance, which works on a pair or not."""
-    pair = 2 if schedule.guidance_scale > 1 else 1
+def _sizes(pipeline: Any, size: tuple[int, int], schedule: Schedule) -> dict[str, Any]:
+    guided = schedule.guidance_scale > 1
+    components = measure(pipeline, *size, guided)
     macs = {name: part["macs"] for name, part in components.items()}
-    unet = macs["unet"] * pair // (2 if recipe.guided else 1)
     return {
         "parameters": sum(part["parameters"] for part in components.values()),
-        "macs_per_picture": pair * macs["text_encoder"]
-        + schedule.steps * unet
+        "macs_per_picture": (2 if guided else 1) * macs["text_encoder"]
+        + schedule.steps * macs["unet"]
         + macs["vae_decoder"],
     }

@@ -42,7 +42,7 @@ def as_table(rows: Sequence[Row], pictures: int, features: Features | None) -> s
     """One line a row; the figures that no row has are told below, with why."""
     shown = [name for name in FIGURES if any("not_run" not in row["figures"][name] for row in rows)]
     table = [
-        ["stage", "steps", "guidance", "parameters M", "GMACs"]
+        ["stage", "pixels", "steps", "guidance", "parameters M", "GMACs"]
         + [FIGURES[name][0] for name in shown]
     ]
     for row in rows:
@@ -50,6 +50,7 @@ def as_table(rows: Sequence[Row], pictures: int, features: Features | None) -> s
         table.append(
             [
                 row["stage"],
+                "x".join(map(str, row["size"])),
                 f"{schedule['steps']}",
                 f"{schedule['guidance_scale']:g}" if schedule["guidance_scale"] else "-",
                 f"{row['parameters'] / 1e6:.2f}",
@@ -87,6 +88,8 @@ def _notes(
         notes.append(
             "* drawn by another schedule than the reference, so another picture is no fault"
         )
+    if len({tuple(row["size"]) for row in rows}) > 1:
+        notes.append("PSNR, SSIM and latent SNR are against the first row of the same size")
     if "cmmd" in shown:
         against = next(
             row["figures"]["cmmd"]["against"]

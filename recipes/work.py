@@ -30,9 +30,9 @@ RECORD = "record.json"
 TRAINING = "training"
 LEFT = (".png", ".csv", ".safetensors")
 """What a training leaves beside its result, in `TRAINING`: pictures, curves, a LoRA."""
-ADDED_LATER = ("lora_rank", "channels")
-"""Settings that came after results had been kept. With its default, one is no part of a key, so
-that those results are still found."""
+ADDED_LATER = {"distill": "lora_rank", "prune": "channels"}
+"""By stage: a setting that came after results had been kept. With its default it is no part of a
+key, so that those results are still found."""
 
 
 def default_cache() -> Path:
@@ -137,10 +137,9 @@ class Done:
         settings = _contents(stage.settings.model_dump(mode="json"))
         if "prompts" in settings and settings["prompts"] is None:
             settings["prompts"] = prompts.default_of(self.recipe)
-        fields = type(stage.settings).model_fields
-        for name in ADDED_LATER:
-            if name in fields and settings[name] == fields[name].default:
-                del settings[name]
+        later = ADDED_LATER.get(stage.name)
+        if later and settings[later] == type(stage.settings).model_fields[later].default:
+            del settings[later]
         entry = [stage.name, settings]
         if stage.decoder:
             # Its latents are drawn by the recipe's schedule; a distillation names its own.

@@ -15,6 +15,12 @@ two moments, the average and the teacher are 20.8 GB, and 22.5 GB with text enco
 before any activation.
 """
 
+if __name__ == "__main__":
+    # Before the imports below, which would chatter.
+    from recipes.quiet import import_torch
+
+    import_torch("torch", "measuring")
+
 import argparse
 import json
 import os

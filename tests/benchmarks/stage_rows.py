@@ -5,6 +5,12 @@
 A row gives figures, and `faults` says which of them are not as they should be.
 """
 
+if __name__ == "__main__":
+    # Before the imports below, which would chatter.
+    from recipes.quiet import import_torch
+
+    import_torch("torch", "measuring")
+
 import argparse
 import json
 import math

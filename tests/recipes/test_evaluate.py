@@ -247,6 +247,39 @@ def test_a_preserving_recipe_is_compared_by_the_recipes_own_schedule(
     assert "not run: FID, KID x1000 (give --pictures" in told
 
 
+def test_before_a_resolution_stage_pictures_have_the_size_it_starts_from(
+    source: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first row at each size is the reference of the others."""
+    adapt = {"drawn_at": 64, "iterations": 1, "pictures": 2, "draw_steps": 1, "batch": 2}
+    adapt |= {"warmup": 0, "precision": "float32", "guidance": 2.0}
+    listed = ({"prune": {"blocks": ["mid_block"]}}, {"resolution": adapt}, {"quantize": {}})
+    recipe, out = recipe_file(tmp_path, source, *listed), tmp_path / "out.json"
+    small = recipe.read_text().replace("resolution: 64", "resolution: [32, 48]")
+    recipe.write_text(small)
+    options = ("--prompts", prompt_file, "--captions", 1, "--json", out)
+    options += ("--sheet", tmp_path / "sheet.png", "--save-pictures", tmp_path / "pictures")
+    assert run("--recipe", recipe, *options) == 0
+    rows = json.loads(out.read_text())["rows"]
+    sizes = [(row["stage"], *row["size"]) for row in rows]
+    assert sizes == [
+        ("source", 64, 64),
+        ("prune", 64, 64),
+        ("resolution", 32, 48),
+        ("quantize", 32, 48),
+    ]
+    for index, row in enumerate(rows):
+        assert saved(tmp_path, f"{index}-{row['stage']}").shape[1:3] == tuple(row["size"])
+    found = [row["figures"]["latent_snr_db"] for row in rows]
+    assert [bool(figure.get("not_run")) for figure in found] == [True, False, True, False]
+    assert found[3]["value"] > found[1]["value"]
+    macs = measure(make_tiny_pipeline(), 64, 64, True)
+    assert rows[0]["macs_per_picture"] == (
+        2 * macs["text_encoder"]["macs"] + 2 * macs["unet"]["macs"] + macs["vae_decoder"]["macs"]
+    )
+    assert "against the first row of the same size" in capsys.readouterr().out
+
+
 def test_equal_pictures_are_told_as_equal_and_fid_can_be_of_an_onnx_network(
     source: Path,
     prompt_file: Path,
