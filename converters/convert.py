@@ -356,6 +356,8 @@ def dry_run(request: Request) -> str:
         mixed = "; their bits are planned from measurements, so MB are at most"
         lines.append(f"palettes for {len(bits)} layers{mixed if palettes.mixed else ''}")
     lines += [f"4 bits for {len(int4)} layers"] if int4 else []
+    if any(stage.quantize and stage.quantize.keeps_weights for stage in recipe.stages):
+        lines.append("layers that stay in float are chosen by measurements, so MB are at least")
     lines.append(f"{'component':14}{'parameters':>16}{'GMACs':>14}{'int8 layers':>13}{'MB':>12}")
     total = 0.0
     for name, component in build_components(pipeline, recipe).items():

@@ -12,6 +12,7 @@ sensitive leaves 59 dB of the UNet's output (the median of all layers: 77 dB; th
 
 import difflib
 import fnmatch
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -72,7 +73,8 @@ def quantizable_layers(pipeline: Any, components: Sequence[str]) -> dict[str, nn
 def check(pipeline: Any, settings: QuantizeSettings, recipe: Recipe | None = None) -> None:
     """Refuse, before any work, a rule that matches no layer, and prompts that cannot be used.
 
-    recipe: None only where the settings ask for no calibration. UserError tells all faults.
+    recipe: None only where the settings ask for no calibration and no budget. UserError tells all
+    faults.
     """
     faults = []
     layers = list(quantizable_layers(pipeline, settings.components))
@@ -81,11 +83,14 @@ def check(pipeline: Any, settings: QuantizeSettings, recipe: Recipe | None = Non
         for rule in settings.rules
         if not fnmatch.filter(layers, rule.layers)
     ]
-    if "int8_static" in settings.every_activations:
+    if settings.keep or "int8_static" in settings.every_activations:
         if recipe is None:
-            raise ValueError("static activations are calibrated on a recipe's schedule")
+            raise ValueError("layers are measured on a recipe's schedule")
         with collected(faults):
             calibrate.check(recipe, settings.calibration)
+    if settings.keep and settings.keep.bytes is not None and not faults:
+        plans = _planned(pipeline, settings)
+        faults += _beyond(pipeline, plans, settings.keep.bytes, settings.components)
     if faults:
         raise UserError("; ".join(faults))
 
@@ -113,6 +118,11 @@ def make_plan(
     A calibration, when it has run, adds its scales, and keeps layers that are too sensitive.
     """
     check(pipeline, settings, recipe)
+    return _planned(pipeline, settings)
+
+
+def _planned(pipeline: Any, settings: QuantizeSettings) -> list[LayerPlan]:
+    """The plan by settings and rules alone."""
     sizes: dict[str, int] = {
         component: sum(
             parameter.numel()
@@ -172,6 +182,41 @@ def make_plan(
     return plans
 
 
+def _beyond(
+    pipeline: Any, plans: Sequence[LayerPlan], most: float, components: Sequence[str]
+) -> list[str]:
+    """The components whose integers alone take more than a budget of bytes, a sentence each."""
+    sizes = _sizes(pipeline, plans, components)
+    faults = []
+    for name in components:
+        mine = [size for path, size in sizes.items() if path.split(".")[0] == name]
+        taken = sum(size.planned for size in mine) / max(1, sum(size.float32 for size in mine))
+        if taken > most:
+            faults.append(
+                f"keep.bytes: {most:g} of {name}'s float bytes are fewer than the {taken:.4f} that "
+                "the plan takes with no layer kept; raise it, or quantize more"
+            )
+    return faults
+
+
+def _sizes(
+    pipeline: Any, plans: Sequence[LayerPlan], components: Sequence[str]
+) -> dict[str, sensitivity.Sizes]:
+    """The bytes of every layer of a plan."""
+    layers: dict[str, Any] = quantizable_layers(pipeline, components)
+    sizes = {}
+    for plan in plans:
+        shape = tuple(layers[plan.layer].weight.shape)
+        floats = 4 * math.prod(shape)
+        planned = floats
+        if plan.weights == "int8":
+            planned = math.prod(shape) + 4 * shape[0]
+        elif plan.weights == "int4":
+            planned = int4_layers.weight_bytes(shape, int4_layers.form_of(plan))
+        sizes[plan.layer] = sensitivity.Sizes(floats, planned)
+    return sizes
+
+
 def quantize(
     pipeline: Any, settings: QuantizeSettings, recipe: Recipe | None = None
 ) -> tuple[Any, list[LayerPlan]]:
@@ -194,7 +239,8 @@ def run(
     _check_finite(pipeline, plans, settings.components)
     static: dict[str, Static] = {}
     calibrated: dict[str, Any] = {}
-    if recipe is not None and any(plan.activations == "int8_static" for plan in plans):
+    measured = settings.keep or any(plan.activations == "int8_static" for plan in plans)
+    if recipe is not None and measured:
         plans, static, calibrated = _calibrated(pipeline, plans, settings, recipe)
     layers = quantizable_layers(pipeline, settings.components)
     parents = dict(_parents(pipeline, settings.components))
@@ -209,16 +255,12 @@ def run(
             kept += 1
             bytes_after += module.weight.numel() * 4
             continue
-        replacement: Any
+        replacement = _replacement(module, plan, settings, static)
         if plan.weights == "int4":
-            replacement = int4_layers.quantized(
-                module, int4_layers.form_of(plan), settings.int4.iterations
-            )
             figure = int4_layers.weight_snr_db(module.weight, replacement)
             in_4_bits[plan.layer] = figure
             bytes_after += replacement.bytes
         else:
-            replacement = quantized(module, plan.activations, static.get(plan.layer))
             integers, scale = replacement.weight_int8, replacement.weight_scale
             figure = weight_snr_db(module.weight, integers, scale)
             bytes_after += integers.numel() + 4 * scale.numel()
@@ -244,6 +286,15 @@ def run(
         **calibrated,
     }
     return pipeline, plans, record
+
+
+def _replacement(
+    module: nn.Module, plan: LayerPlan, settings: QuantizeSettings, static: Mapping[str, Static]
+) -> Any:
+    """The layer as the plan has it; static: the scales of those with static activations."""
+    if plan.weights == "int4":
+        return int4_layers.quantized(module, int4_layers.form_of(plan), settings.int4.iterations)
+    return quantized(module, plan.activations, static.get(plan.layer))
 
 
 def _of_int4(plans: Sequence[LayerPlan], snr_db: Mapping[str, float | None]) -> dict[str, Any]:
@@ -281,52 +332,64 @@ def _calibrated(
     """The plan with scales, and without the layers that a budget keeps; the scales; a record."""
     if settings.split_skips:
         plans = _split_skips(pipeline, plans, settings.components)
-    parents = dict(_parents(pipeline, settings.components))
     modules: dict[str, list[nn.Module]] = {
         name: [module for _, module in component_modules(pipeline, name)]
         for name in settings.components
     }
-    products = {
-        path: module
-        for path, module in quantizable_layers(pipeline, settings.components).items()
-        if not isinstance(module, nn.Embedding)
-    }
+    layers = quantizable_layers(pipeline, settings.components)
     static = [plan.layer for plan in plans if plan.activations == "int8_static"]
+    calibration, keep = settings.calibration, settings.keep
+    if keep and not static:
+        # Without scales to find, the pictures to measure on are all that is drawn.
+        calibration = calibration.model_copy(update={"samples": keep.samples})
     found = calibrate.calibrate(
         pipeline,
-        products,
+        {path: each for path, each in layers.items() if not isinstance(each, nn.Embedding)},
         static,
         {name: parts[0] for name, parts in modules.items()},
         recipe,
-        settings.calibration,
-        settings.keep.samples if settings.keep else 0,
+        calibration,
+        keep.samples if keep else 0,
     )
     snr_db: dict[str, float] = {}
-    if settings.keep:
+    if keep:
+        own = {plan.layer: plan for plan in plans if plan.weights != "float32"}
+        if not settings.keeps_weights:
+            own = {path: plan for path, plan in own.items() if path in found.static}
+        parents = dict(_parents(pipeline, settings.components))
         snr_db = sensitivity.sensitivities(
             modules,
-            {path: products[path] for path in static},
-            found,
+            {path: layers[path] for path in own},
+            found.calls,
+            lambda path, layer: _replacement(layer, own[path], settings, found.static),
             lambda path, module: setattr(*parents[path], module),
         )
-        plans = sensitivity.kept(plans, snr_db, found.macs, settings.keep)
+        sizes = _sizes(pipeline, plans, settings.components)
+        plans = sensitivity.kept(plans, snr_db, found.macs, sizes, keep)
     plans = [_with_scales(plan, found.static) for plan in plans]
     scales = {
         plan.layer: found.static[plan.layer] for plan in plans if plan.activations == "int8_static"
     }
-    record = {
-        "calibration": {
-            "pictures": settings.calibration.samples,
-            "steps": list(recipe.schedule.every_steps),
-            "observer": settings.calibration.observer,
-        },
-        "int8_macs": {
-            name: round(sensitivity.share(found.macs, name, scales), 4) for name in modules
-        },
-        "layers_int8_static": len(scales),
-        "layers_kept_by_sensitivity": len(static) - len(scales),
-        "sensitivity_db_min": min(snr_db.values(), default=None),
-    }
+    record: dict[str, Any] = {"sensitivity_db_min": min(snr_db.values(), default=None)}
+    if keep:
+        record["layers_kept_by_sensitivity"] = sum(
+            (plan.weights, plan.activations)
+            != (own[plan.layer].weights, own[plan.layer].activations)
+            for plan in plans
+            if plan.layer in own
+        )
+    if static:
+        record |= {
+            "calibration": {
+                "pictures": calibration.samples,
+                "steps": list(recipe.schedule.every_steps),
+                "observer": calibration.observer,
+            },
+            "int8_macs": {
+                name: round(sensitivity.share(found.macs, name, scales), 4) for name in modules
+            },
+            "layers_int8_static": len(scales),
+        }
     return plans, scales, record
 
 

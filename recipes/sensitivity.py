@@ -1,12 +1,14 @@
-"""What each layer alone costs, and which layers keep float activations for it.
+"""What each layer alone costs, and which layers stay in float for it.
 
-Every layer that is planned with static activations is quantized by itself, all else in float, and
-the component runs on what it saw in the calibration: the signal-to-noise ratio of its output is the
-layer's sensitivity (as in MixDQ, arXiv 2405.17873). The weights of a layer that keeps float
-activations stay INT8: they are nearly free.
+Every planned layer is quantized by itself, all else in float, and the component runs on what it saw
+in the calibration: the signal-to-noise ratio of its output is the layer's sensitivity (as in
+MixDQ, arXiv 2405.17873). Where activations are static, a layer that stays keeps float activations
+alone: INT8 weights are nearly free. With float activations, or by a budget of bytes, it keeps its
+float weights.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mobile_runtime.manifest import LayerPlan
-from recipes.calibrate import Calibration, Call
-from recipes.quantized_layers import quantized
+from recipes.calibrate import Call
 from recipes.settings import KeepSettings
 
 Replace = Callable[[str, nn.Module], None]
+Make = Callable[[str, nn.Module], nn.Module]
 
 HIGHEST_DB = 200.0
 """Told of a layer that changes nothing."""
@@ -56,18 +58,20 @@ class Reference:
 def sensitivities(
     components: Mapping[str, Sequence[nn.Module]],
     layers: Mapping[str, nn.Module],
-    found: Calibration,
+    calls: Mapping[str, Sequence[Call]],
+    make: Make,
     replace: Replace,
 ) -> dict[str, float]:
     """The SNR in dB of the component's output for each layer alone, at most HIGHEST_DB.
 
     components: the modules that run one after the other. layers: by path, the component's name
-    first. replace(path, module) puts a module in a layer's place; all are put back.
+    first. calls: of each component. make(path, layer) gives the quantized layer, and
+    replace(path, module) puts a module in a layer's place; all are put back.
     """
-    reference = Reference(components, found.calls)
+    reference = Reference(components, calls)
     figures = {}
     for path, layer in tqdm(layers.items(), desc="sensitivity", unit="layer", delay=2, leave=False):
-        replace(path, quantized(layer, "int8_static", found.static[path]))
+        replace(path, make(path, layer))
         try:
             figures[path] = reference.snr_db(path.split(".")[0])
         finally:
@@ -98,39 +102,86 @@ def kept(
     plans: Sequence[LayerPlan],
     snr_db: Mapping[str, float],
     macs: Mapping[str, int],
+    sizes: Mapping[str, "Sizes"],
     settings: KeepSettings,
 ) -> list[LayerPlan]:
-    """The plan after a budget: float activations where it says so, each with its figure.
+    """The plan after a budget: float where it says so, each with its figure.
 
-    snr_db: of the layers with static activations. macs: of every convolution and linear. With a
-    budget of multiply-adds the most sensitive layers of a component go first, up to the one whose
-    absence would bring the `share` of the rest below it; what a rule decided is not asked.
+    snr_db: of the layers that were measured. macs: of every convolution and linear. sizes: of
+    every layer of the plan, for a budget of bytes. What a rule decided is not asked.
     """
-    reasons: dict[str, str] = {}
     if settings.min_snr_db is not None:
         reasons = {
-            path: f"float activations: sensitivity {db} dB < {settings.min_snr_db:g}"
+            path: f"sensitivity {db} dB < {settings.min_snr_db:g}"
             for path, db in snr_db.items()
             if db < settings.min_snr_db
         }
-    if settings.macs is not None:
-        for name in {path.split(".")[0] for path in snr_db}:
-            left = {path for path in snr_db if path.split(".")[0] == name}
-            for path in sorted(left, key=lambda path: snr_db[path]):
-                left.remove(path)
-                if share(macs, name, left) < settings.macs:
-                    break
-                reasons[path] = (
-                    f"float activations: sensitivity {snr_db[path]} dB, among the lowest of {name} "
-                    f"whose absence leaves {settings.macs:.0%} of its multiply-adds in INT8"
-                )
+    elif settings.macs is not None:
+        reasons = _by_macs(snr_db, macs, settings.macs)
+    else:
+        assert settings.bytes is not None
+        reasons = _by_bytes(snr_db, sizes, settings.bytes)
     decided = []
     for plan in plans:
         if plan.layer in reasons:
-            update = {"activations": "none", "reason": reasons[plan.layer]}
-            plan = plan.model_copy(update=update)
+            decided.append(_in_float(plan, reasons[plan.layer], settings.bytes is not None))
         elif plan.layer in snr_db:
             reason = f"{plan.reason}; sensitivity {snr_db[plan.layer]} dB"
-            plan = plan.model_copy(update={"reason": reason})
-        decided.append(plan)
+            decided.append(plan.model_copy(update={"reason": reason}))
+        else:
+            decided.append(plan)
     return decided
+
+
+def _in_float(plan: LayerPlan, reason: str, weights: bool) -> LayerPlan:
+    update: dict[str, Any]
+    if plan.activations == "int8_static" and not weights:
+        update = {"activations": "none", "reason": f"float activations: {reason}"}
+    else:
+        update = {"weights": "float32", "activations": "none", "block": None, "rank": None}
+        update["reason"] = f"float: {reason}"
+    return plan.model_copy(update=update)
+
+
+def _by_macs(snr_db: Mapping[str, float], macs: Mapping[str, int], least: float) -> dict[str, str]:
+    """The most sensitive layers of each component, as long as the `share` of the rest is enough."""
+    reasons = {}
+    for name in {path.split(".")[0] for path in snr_db}:
+        left = {path for path in snr_db if path.split(".")[0] == name}
+        for path in sorted(left, key=lambda path: snr_db[path]):
+            left.remove(path)
+            if share(macs, name, left) < least:
+                break
+            reasons[path] = (
+                f"sensitivity {snr_db[path]} dB, among the lowest of {name} whose absence leaves "
+                f"{least:.0%} of its multiply-adds in INT8"
+            )
+    return reasons
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a layer's weights: in float32, and as planned."""
+
+    float32: int
+    planned: int
+
+
+def _by_bytes(
+    snr_db: Mapping[str, float], sizes: Mapping[str, Sizes], most: float
+) -> dict[str, str]:
+    """The most sensitive layers of each component; one that would cost too much is passed over."""
+    reasons = {}
+    for name in {path.split(".")[0] for path in snr_db}:
+        mine = {path: size for path, size in sizes.items() if path.split(".")[0] == name}
+        left = most * sum(size.float32 for size in mine.values())
+        left -= sum(size.planned for size in mine.values())
+        for path in sorted(mine.keys() & snr_db.keys(), key=lambda path: snr_db[path]):
+            cost = mine[path].float32 - mine[path].planned
+            if cost <= left:
+                left -= cost
+                reasons[path] = (
+                    f"sensitivity {snr_db[path]} dB, and {name} stays within {most:.0%} of its "
+                    "float bytes"
+                )
+    return reasons

@@ -331,7 +331,11 @@ class CalibrationSettings(Strict):
 
 
 class KeepSettings(Strict):
-    """Which layers keep float activations: those that alone cost the most. One of two budgets."""
+    """Which layers stay in float: those that alone cost the most. One of three budgets.
+
+    A layer with static activations keeps float activations, and its weights stay integers; one
+    without, and any layer by a budget of bytes, keeps its float weights as well.
+    """
 
     min_snr_db: float | None = Field(
         default=None, gt=0, description="layers that alone leave their component's output below it"
@@ -342,12 +346,18 @@ class KeepSettings(Strict):
         le=1,
         description="as many as leave this share of each component's multiply-adds in INT8",
     )
+    bytes: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="as many as leave each component's weights this share of their float32 bytes",
+    )
     samples: int = Field(default=2, ge=1, le=256, description="pictures that it is measured on")
 
     def faults(self) -> list[str]:
         """What does not fit together, one sentence each."""
-        if (self.min_snr_db is None) == (self.macs is None):
-            return ["give min_snr_db or macs, one of the two"]
+        if sum(budget is not None for budget in (self.min_snr_db, self.macs, self.bytes)) != 1:
+            return ["give min_snr_db, macs or bytes, one of the three"]
         return []
 
 
@@ -382,6 +392,13 @@ class QuantizeSettings(Settings):
         return {self.activations, *(rule.activations for rule in self.rules if rule.activations)}
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether a budget decides which weights stay in float."""
+        if self.keep is None:
+            return False
+        return self.keep.bytes is not None or "int8_static" not in self.every_activations
+
+    @property
     def every_weights(self) -> set[str]:
         """What the stage and its rules ask for."""
         return {self.weights, *(rule.weights for rule in self.rules)}
@@ -407,6 +424,6 @@ class QuantizeSettings(Settings):
                 )
         if self.keep is not None:
             found += [f"keep: {fault}" for fault in self.keep.faults()]
-            if "int8_static" not in self.every_activations:
-                found.append("keep: goes with activations int8_static; remove it")
+            if self.keep.macs is not None and "int8_static" not in self.every_activations:
+                found.append("keep.macs: goes with activations int8_static; use bytes")
         return found

@@ -283,6 +283,13 @@ def test_a_vae_encoder_on_request_is_quantized_as_the_rest_is(capsys, tmp_path):
     assert row.split()[3] == "21"
 
 
+@pytest.mark.parametrize(("budget", "told"), [("bytes=0.4", True), ("macs=0.9", False)])
+def test_a_dry_run_tells_that_a_budget_of_bytes_is_planned_later(capsys, budget, told):
+    keep = ["--set", f"stages.2.quantize.keep={{{budget.replace('=', ': ')}}}"]
+    assert run("onnx", "--recipe", "pocket_turbo_w8a8", *keep, "--dry-run") == 0
+    assert ("are chosen by measurements, so MB are at least" in capsys.readouterr().out) is told
+
+
 def test_the_columns_of_a_dry_run_stay_apart_for_the_largest_pictures(capsys):
     argv = ["--recipe", "sd_turbo_int8", "--model", "random:sd_turbo", "--resolution", "8192"]
     assert run("onnx", *argv, "--dry-run") == 0

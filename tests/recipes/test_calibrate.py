@@ -17,6 +17,7 @@ from mobile_runtime.manifest import LayerPlan
 from recipes import calibrate, schema, sensitivity, stages
 from recipes.calibrate import Observer
 from recipes.faults import RecipeError
+from recipes.quantize import quantizable_layers
 from recipes.quantized_layers import (
     Affine,
     QuantizedConv2d,
@@ -312,16 +313,118 @@ def test_an_empty_prompt_file_is_refused_before_any_work(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "keep", [{}, {"min_snr_db": 40.0, "macs": 0.9}, {"macs": 1.5}, {"min_snr_db": 0}]
+    "keep",
+    [
+        {},
+        {"min_snr_db": 40.0, "macs": 0.9},
+        {"macs": 0.9, "bytes": 0.5},
+        {"macs": 1.5},
+        {"min_snr_db": 0},
+        {"bytes": 0},
+        {"bytes": 1.01},
+    ],
 )
-def test_a_budget_is_one_of_two(keep: dict[str, Any]) -> None:
+def test_a_budget_is_one_of_three(keep: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="keep"):
         recipe("x", keep=keep)
 
 
-def test_a_budget_needs_static_activations() -> None:
-    with pytest.raises(RecipeError, match="keep: goes with activations int8_static"):
+def test_a_budget_of_multiply_adds_needs_static_activations() -> None:
+    with pytest.raises(RecipeError, match=r"keep\.macs: goes with activations int8_static"):
         recipe("x", keep={"macs": 0.9}, activations="none")
+
+
+def planned_bytes(plans: list[LayerPlan], name: str) -> tuple[int, int]:
+    """A component's weights: in float32, and as planned, counted anew."""
+    layers = quantizable_layers(make_small_pipeline(), [name])
+    whole = taken = 0
+    for plan in plans:
+        if plan.layer in layers:
+            weight = layers[plan.layer].weight
+            whole += 4 * weight.numel()
+            integers = int(weight.numel()) + 4 * len(weight)
+            taken += {"float32": 4 * weight.numel(), "int8": integers}[plan.weights]
+    return whole, taken
+
+
+@pytest.mark.parametrize("activations", ["none", "int8_static"])
+def test_a_budget_of_bytes_keeps_the_most_sensitive_weights(
+    prompts: Path, activations: str
+) -> None:
+    def applied(**settings: Any) -> Any:
+        asked = recipe(
+            prompts, activations=activations, split_skips=False, components=["unet"], **settings
+        )
+        return stages.apply(make_small_pipeline(), asked)
+
+    plain, made = applied(), applied(keep={"bytes": 0.5, "samples": 1})
+    whole, taken = planned_bytes(made.plans, "unet")
+    kept = [plan for plan in made.plans if plan.weights == "float32"]
+    largest = max(
+        4 * layer.weight.numel() for layer in quantizable_layers(made.pipeline, ["unet"]).values()
+    )
+    assert 0.5 * whole - largest < taken <= 0.5 * whole
+    assert all(plan.activations == "none" for plan in kept)
+    assert made.records[0]["layers_kept_by_sensitivity"] == len(kept) > 5
+    assert kept[0].reason.endswith("and unet stays within 50% of its float bytes")
+    figures = {plan.layer: sensitivity_of(plan) for plan in made.plans}
+    lowest = min(figures, key=lambda layer: figures[layer])
+    assert lowest in {plan.layer for plan in kept}
+    with torch.no_grad():
+        expected = make_small_pipeline().unet(*inputs()).sample
+        found = [each.pipeline.unet(*inputs()).sample for each in (plain, made)]
+    assert sensitivity_db(expected, found[1]) > sensitivity_db(expected, found[0]) + 1
+
+
+def sensitivity_of(plan: LayerPlan) -> float:
+    return float(plan.reason.split("sensitivity ")[1].split(" dB")[0])
+
+
+def test_a_threshold_keeps_weights_where_activations_are_float(prompts: Path) -> None:
+    keep = {"min_snr_db": 55.0, "samples": 1}
+    asked = recipe(prompts, activations="none", keep=keep, components=["unet"])
+    plans = stages.apply(make_small_pipeline(), asked).plans
+    by_weights: dict[str, list[float]] = {"float32": [], "int8": []}
+    for plan in plans:
+        by_weights[plan.weights].append(sensitivity_of(plan))
+    assert max(by_weights["float32"]) < 55.0 <= min(by_weights["int8"])
+
+
+def test_a_budget_below_what_integers_take_is_refused_before_any_work(prompts: Path) -> None:
+    asked = recipe(prompts, activations="none", keep={"bytes": 0.2}, components=["unet"])
+    with pytest.raises(UserError, match=r"keep\.bytes: 0\.2 of unet's float bytes are fewer"):
+        stages.check(make_small_pipeline(), asked)
+
+
+sized = st.dictionaries(
+    st.sampled_from([f"{part}.{k}" for part in ("unet", "vae") for k in range(6)]),
+    st.tuples(st.integers(4, 1000), st.integers(1, 4), st.floats(5, 99)),
+    min_size=1,
+)
+
+
+@given(sized, st.floats(0.05, 1))
+def test_no_kept_weights_go_beyond_a_budget_of_bytes(
+    table: dict[str, tuple[int, int, float]], most: float
+) -> None:
+    sizes = {name: sensitivity.Sizes(big, big // small) for name, (big, small, _) in table.items()}
+    snr = {name: db for name, (*_, db) in table.items()}
+    plans = [
+        LayerPlan(layer=name, weights="int8", activations="none", reason="default")
+        for name in table
+    ]
+    decided = sensitivity.kept(plans, snr, {}, sizes, KeepSettings(bytes=most))
+    for part in ("unet", "vae"):
+        mine = {plan.layer: plan for plan in decided if plan.layer.startswith(part)}
+        whole = most * sum(sizes[name].float32 for name in mine)
+        least = sum(sizes[name].planned for name in mine)
+        kept = {name for name, plan in mine.items() if plan.weights == "float32"}
+        taken = least + sum(sizes[name].float32 - sizes[name].planned for name in kept)
+        assert not kept or taken <= whole + 1e-6
+        for name in mine.keys() - kept:  # it would not have fitted beside the more sensitive ones
+            before = {other for other in kept if snr[other] <= snr[name]}
+            cost = sum(sizes[x].float32 - sizes[x].planned for x in before | {name})
+            assert least + cost > whole - 1e-6
 
 
 layers = st.dictionaries(
@@ -341,7 +444,7 @@ def test_a_budget_of_multiply_adds_is_kept_and_used(
         LayerPlan(layer=name, weights="int8", activations="int8_static", reason="default")
         for name in table
     ]
-    decided = sensitivity.kept(plans, snr, macs, KeepSettings(macs=share))
+    decided = sensitivity.kept(plans, snr, macs, {}, KeepSettings(macs=share))
     integer = [plan.layer for plan in decided if plan.activations == "int8_static"]
     assert sensitivity.share(macs, "unet", integer) >= share
     kept = set(table) - set(integer)
