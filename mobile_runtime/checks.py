@@ -4,19 +4,15 @@ A model that does not load or run is a failed check. A runtime that is not avail
 check that was not run. Neither ever counts as passed.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from mobile_runtime import backends
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.errors import BundleError, UserError
-from mobile_runtime.latency import Latency, measure
-from mobile_runtime.manifest import ComponentName, Gates, TensorSpec
+from mobile_runtime.goldens import Arrays, Case, golden_cases
+from mobile_runtime.manifest import ComponentName
 from mobile_runtime.parity import (
     Status,
     TensorVerdict,
@@ -25,27 +21,7 @@ from mobile_runtime.parity import (
     check_repeat,
 )
 from mobile_runtime.report import Check, Kind
-
-Arrays = dict[str, np.ndarray]
-Step = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """A backend as it is checked: its name, its options, and what it computes in."""
-
-    backend: str
-    arithmetic: Literal["float32", "float16"]
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """The name in a report."""
-        return f"{self.backend} {self.arithmetic}" if self.options else self.backend
-
-    def gate_db(self, gates: Gates) -> float | None:
-        """The same-function gate of a component in this arithmetic."""
-        return gates.component_snr_db if self.arithmetic == "float32" else gates.float16_snr_db
+from mobile_runtime.runs import ComponentRun, NoRun, Runtime, outputs_fault
 
 
 @dataclass(frozen=True)
@@ -69,71 +45,6 @@ class Teller:
         )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One golden case of a component: what to feed, and the two references."""
-
-    inputs: Arrays
-    same_function: Arrays
-    source: Arrays
-
-
-@dataclass(frozen=True)
-class GoldenFile:
-    """The tensors of one golden file; what is asked for and not there is an error by its name."""
-
-    path: Path
-    tensors: Arrays
-
-    def get(
-        self, name: str, shape: tuple[int, ...] | None = None, dtype: type | None = None
-    ) -> np.ndarray:
-        """One tensor; BundleError where it is missing or, if they are given, of another form."""
-        if name not in self.tensors:
-            raise BundleError(f"{self.path} has no tensor {name}; make the bundle again")
-        tensor = self.tensors[name]
-        if shape is not None and tensor.shape != shape:
-            raise BundleError(f"{self.path}: {name} has shape {tensor.shape}, not {shape}")
-        if dtype is not None and tensor.dtype != dtype:
-            raise BundleError(
-                f"{self.path}: {name} has dtype {tensor.dtype}, not {np.dtype(dtype)}"
-            )
-        return tensor
-
-    def group(self, prefix: str, specs: Sequence[TensorSpec]) -> Arrays:
-        """The tensors under a prefix, by the rest of their names; each of `specs` is there."""
-        for spec in specs:
-            self.get(prefix + spec.name)
-        return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self.tensors.items()
-            if name.startswith(prefix)
-        }
-
-
-def open_golden(bundle: Bundle, relative: str) -> GoldenFile:
-    """Read one golden file of a bundle."""
-    return GoldenFile(bundle.file(relative), bundle.golden(relative))
-
-
-def golden_cases(bundle: Bundle, component: ComponentName) -> list[Case]:
-    """The golden cases of a component, in order; raises BundleError where one is not whole."""
-    golden = bundle.manifest.golden
-    count = golden.cases.get(component, 0)
-    if count == 0:
-        return []
-    entry = bundle.component(component)
-    file = open_golden(bundle, golden.components[component])
-    return [
-        Case(
-            file.group(f"{k}/in/", entry.inputs),
-            file.group(f"{k}/out/", entry.outputs),
-            file.group(f"{k}/source/", entry.outputs),
-        )
-        for k in range(count)
-    ]
-
-
 def quantized_layers(bundle: Bundle, component: str) -> list[str]:
     """The layers of a component whose activations are quantized."""
     return [
@@ -154,49 +65,13 @@ def component_kinds(bundle: Bundle, component: str) -> list[Kind]:
 
 
 def check_component(
-    bundle: Bundle, component: ComponentName, runtime: Runtime, *, repeats: int, step: Step
-) -> tuple[list[Check], Latency | None]:
-    """Run every golden case of a component. Returns its checks and its latency.
-
-    repeats: timed calls; 0 measures no latency. step: told what is being run.
-    """
+    bundle: Bundle, component: ComponentName, runtime: Runtime, run: ComponentRun | NoRun
+) -> list[Check]:
+    """Hold what a component gave against its references."""
     tell = Teller(component, runtime.label)
-    cases = golden_cases(bundle, component)
-    if not cases:
-        return [tell("outputs", "not_run", "the bundle holds no golden cases for it")], None
-    step(f"{component} in {runtime.label}: load")
-    try:
-        start = time.perf_counter()
-        run = backends.load(bundle, component, backend=runtime.backend, **runtime.options)
-        load_ms = (time.perf_counter() - start) * 1000
-    except BundleError as error:
-        return [tell("outputs", "fail", str(error))], None
-    except UserError as error:
-        return [tell("outputs", "not_run", str(error))], None
-    except Exception as error:  # the runtimes' own errors share no class
-        return [tell("outputs", "fail", f"the model does not load: {brief(error)}")], None
-    try:
-        outputs = []
-        for k, case in enumerate(cases):
-            step(f"{component} in {runtime.label}: case {k + 1} of {len(cases)}")
-            outputs.append(_call(run, case.inputs))
-        # After the others, so that a state that leaks from one call to the next shows as well.
-        step(f"{component} in {runtime.label}: case 1 again")
-        again = _call(run, cases[0].inputs)
-        latency = None
-        if repeats and not outputs_fault(cases, outputs):
-            step(f"{component} in {runtime.label}: latency")
-            latency = measure(
-                run,
-                cases[0].inputs,
-                component=component,
-                runtime=runtime.label,
-                load_ms=load_ms,
-                repeats=repeats,
-            )
-    except Exception as error:
-        return [tell("outputs", "fail", f"the model does not run: {brief(error)}")], None
-
+    if isinstance(run, NoRun):
+        return [tell("outputs", run.status, run.reason)]
+    cases, outputs = golden_cases(bundle, component), run.outputs
     gates = bundle.manifest.gates
     fault = outputs_fault(cases, outputs)
     form = f"{len(cases)} cases have the names, shapes and dtypes of the reference, all finite"
@@ -204,34 +79,13 @@ def check_component(
         tell("outputs", "fail" if fault else "pass", fault or form),
         _same_function(tell, bundle, component, runtime, cases, outputs),
         _figures(tell, "source", cases, outputs, gates.source_component_snr_db),
-        _repeat(tell, outputs[0], again),
+        _repeat(tell, outputs[0], run.again),
     ]
     if component == "unet":
         checks.append(_conditioning(tell, bundle, cases, outputs))
     if quantized_layers(bundle, component):
         checks.append(_layers(tell, bundle, component))
-    return checks, latency
-
-
-def outputs_fault(cases: Sequence[Case], outputs: Sequence[Arrays]) -> str | None:
-    """The first fault of form (name, shape, dtype, finiteness), with its case; None if sound."""
-    for k, (case, output) in enumerate(zip(cases, outputs, strict=True)):
-        for verdict in check_outputs(case.same_function, output):
-            if not verdict.sound:
-                return f"{verdict.reason} (case {k})"
-    return None
-
-
-def _call(run: Callable[[Arrays], Arrays], inputs: Arrays) -> Arrays:
-    """Run on copies, and copy what comes back: a runtime may reuse its buffers."""
-    outputs = run({name: array.copy() for name, array in inputs.items()})
-    return {name: np.array(value) for name, value in outputs.items()}
-
-
-def brief(error: Exception) -> str:
-    """An error of a runtime in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return checks
 
 
 def _same_function(

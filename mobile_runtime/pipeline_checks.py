@@ -1,29 +1,15 @@
 """What is checked of the whole pipeline in one runtime: golden prompts from their stored noise."""
 
-from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.checks import (
-    GoldenFile,
-    Runtime,
-    Step,
-    Teller,
-    brief,
-    figures_of,
-    finite,
-    golden_cases,
-    open_golden,
-    rank,
-)
-from mobile_runtime.errors import BundleError, GateError, UserError
-from mobile_runtime.noise import Noise
+from mobile_runtime.checks import Teller, figures_of, finite, rank
+from mobile_runtime.goldens import PromptCase, golden_cases, prompt_case
 from mobile_runtime.parity import Status, check_picture, check_repeat, check_tensor
-from mobile_runtime.pipeline import Pipeline
 from mobile_runtime.report import PIPELINE, Check, Kind, Pictures
-from mobile_runtime.sampler import needs_fresh_noise
+from mobile_runtime.runs import NoRun, PromptRun, Runtime
 
 # The seed's noise is computed in float64 and rounded; another machine's sine may turn a last bit.
 NOISE_SNR_DB = 120.0
@@ -35,82 +21,26 @@ PROMPT_KINDS: tuple[Kind, ...] = (
 )
 
 
-def check_pipeline(
-    bundle: Bundle, runtime: Runtime, prompts: Sequence[int], *, step: Step
-) -> tuple[list[Check], list[Pictures]]:
-    """Run the golden prompts of these indices from their stored noise."""
-    tell = Teller(PIPELINE, runtime.label)
-    if not prompts:
-        return [tell("outputs", "not_run", "the bundle holds no golden prompt to run")], []
-    step(f"pipeline in {runtime.label}: load")
-    try:
-        pipeline = Pipeline.from_bundle(bundle, backend=runtime.backend, **runtime.options)
-    except BundleError as error:
-        return [tell("outputs", "fail", str(error))], []
-    except UserError as error:
-        return [tell("outputs", "not_run", str(error))], []
-    except Exception as error:  # the runtimes' own errors share no class
-        return [tell("outputs", "fail", f"a model does not load: {brief(error)}")], []
-    golden_file = open_golden(bundle, bundle.manifest.golden.pipeline)
-    checks: list[Check] = []
-    pictures: list[Pictures] = []
-    for index in prompts:
-        found, shown = _check_prompt(bundle, pipeline, runtime, index, golden_file, step)
-        checks += found
-        pictures += shown
-    return checks, pictures
-
-
-def _check_prompt(
-    bundle: Bundle,
-    pipeline: Pipeline,
-    runtime: Runtime,
-    index: int,
-    golden_file: GoldenFile,
-    step: Step,
-) -> tuple[list[Check], list[Pictures]]:
+def check_prompt(
+    bundle: Bundle, runtime: Runtime, index: int, run: PromptRun
+) -> tuple[list[Check], Pictures | None]:
+    """Hold what came of one golden prompt against its references."""
     tell = Teller(PIPELINE, runtime.label, index)
-    golden = bundle.manifest.golden.prompts[index]
-    gates = bundle.manifest.gates
-    g = bundle.manifest.generation
-    latents = (g.latent_channels, g.latent_height, g.latent_width)
-    noise = golden_file.get(f"{index}/noise", (1, *latents), np.float32)
-    trajectory = golden_file.get(f"{index}/trajectory", (golden.steps + 1, *latents), np.float32)
-    reference, source = (
-        golden_file.get(f"{index}/{name}", (g.height, g.width, 3), np.uint8)
-        for name in ("picture", "source_picture")
-    )
-    table = bundle.manifest.schedule(golden.steps)
-    fresh_noise = None
-    if table is not None and needs_fresh_noise(table):
-        fresh_noise = golden_file.get(f"{index}/fresh_noise", (golden.steps, *latents), np.float32)
-    checks = [_tokens(tell, bundle, pipeline, golden.prompt), _noise(tell, golden.seed, noise)]
-    label = f"prompt {index} in {runtime.label}"
-    step(label)
-    try:
-        result = pipeline(
-            golden.prompt,
-            negative_prompt=golden.negative_prompt,
-            steps=golden.steps,
-            guidance_scale=golden.guidance_scale,
-            noise=noise,
-            fresh_noise=fresh_noise,
-            on_step=lambda done, steps, latents: step(f"{label}: step {done} of {steps}"),
-        )
-    except GateError as error:
-        return [*checks, tell("outputs", "fail", str(error))], []
-    except Exception as error:  # the runtimes' own errors share no class
-        return [*checks, tell("outputs", "fail", f"it does not run: {brief(error)}")], []
-    fault = check_tensor("the trajectory", trajectory, result.trajectory)
+    case, gates = prompt_case(bundle, index), bundle.manifest.gates
+    checks = [_tokens(tell, bundle, case.golden.prompt, run.ids), _noise(tell, case, run.noise)]
+    made = run.made
+    if isinstance(made, NoRun):
+        return [*checks, tell("outputs", made.status, made.reason)], None
+    fault = check_tensor("the trajectory", case.trajectory, made.trajectory)
     sound = "the trajectory has the shape and dtype of the reference, all finite"
     checks.append(tell("outputs", *(("pass", sound) if fault.sound else ("fail", fault.reason))))
     if fault.sound:
-        checks.append(_trajectory(tell, trajectory, result.trajectory))
+        checks.append(_trajectory(tell, case.trajectory, made.trajectory))
     for kind, wanted, gate_db in (
-        ("picture", reference, gates.picture_psnr_db),
-        ("source_picture", source, gates.source_picture_psnr_db),
+        ("picture", case.picture, gates.picture_psnr_db),
+        ("source_picture", case.source_picture, gates.source_picture_psnr_db),
     ):
-        verdict, psnr_db = check_picture(wanted, result.picture, gate_db=gate_db)
+        verdict, psnr_db = check_picture(wanted, made.picture, gate_db=gate_db)
         status: Status = verdict.status
         if kind == "source_picture" and gate_db is None:
             status = "not_gated"
@@ -126,18 +56,17 @@ def _check_prompt(
             )
         )
     shown = Pictures(
-        prompt=golden.prompt,
+        prompt=case.golden.prompt,
         runtime=runtime.label,
-        source=source,
-        reference=reference,
-        output=result.picture,
+        source=case.source_picture,
+        reference=case.picture,
+        output=made.picture,
     )
-    return checks, [shown]
+    return checks, shown
 
 
-def _tokens(tell: Teller, bundle: Bundle, pipeline: Pipeline, prompt: str) -> Check:
-    """The bundle's tokenizer gives the ids of one of the text encoder's golden cases."""
-    given = pipeline.tokenizer.encode(prompt)
+def _tokens(tell: Teller, bundle: Bundle, prompt: str, given: np.ndarray) -> Check:
+    """The ids are those of one of the text encoder's golden cases."""
     # Not ["input_ids"]: an encoder whose input has another name is told where it is run.
     known = [case.inputs.get("input_ids") for case in golden_cases(bundle, "text_encoder")]
     if any(
@@ -151,9 +80,9 @@ def _tokens(tell: Teller, bundle: Bundle, pipeline: Pipeline, prompt: str) -> Ch
     )
 
 
-def _noise(tell: Teller, seed: int, stored: np.ndarray) -> Check:
+def _noise(tell: Teller, case: PromptCase, given: np.ndarray) -> Check:
     verdict = check_tensor(
-        f"the noise of seed {seed}", stored, Noise(seed).draw(stored.shape), gate_db=NOISE_SNR_DB
+        f"the noise of seed {case.golden.seed}", case.noise, given, gate_db=NOISE_SNR_DB
     )
     return tell(
         "noise",

@@ -26,12 +26,13 @@ from typing import Any
 import pytest
 
 from mobile_runtime.bundle import MANIFEST, Bundle
-from mobile_runtime.checks import Runtime, check_component, component_kinds
+from mobile_runtime.checks import check_component, component_kinds
 from mobile_runtime.errors import PocketError
 from mobile_runtime.manifest import ComponentName
-from mobile_runtime.pipeline_checks import PROMPT_KINDS, check_pipeline
+from mobile_runtime.pipeline_checks import PROMPT_KINDS
 from mobile_runtime.report import Check, Kind
-from mobile_runtime.validate import runtimes
+from mobile_runtime.runs import Runtime, run_component
+from mobile_runtime.validate import check_pipeline, runtimes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -92,7 +93,7 @@ class BundleFile(pytest.File):
                     yield CheckItem.from_parent(self, name=name, group=group, kind=kind)
         prompts = range(len(bundle.manifest.golden.prompts))
         last = chosen[-1].label
-        group = CheckGroup(lambda: check_pipeline(bundle, chosen[-1], prompts, step=_quiet)[0])
+        group = CheckGroup(lambda: check_pipeline(bundle, chosen[-1], prompts, _quiet)[0])
         for prompt in prompts:
             for kind in PROMPT_KINDS:
                 name = f"pipeline_{kind}[{last}-prompt{prompt}]"
@@ -108,7 +109,11 @@ def _quiet(text: str) -> None:
 
 
 def _component(bundle: Bundle, name: ComponentName, runtime: Runtime) -> Callable[[], list[Check]]:
-    return lambda: check_component(bundle, name, runtime, repeats=0, step=_quiet)[0]
+    def checks() -> list[Check]:
+        run = run_component(bundle, name, runtime, repeats=0, step=_quiet)
+        return check_component(bundle, name, runtime, run)
+
+    return checks
 
 
 class CheckGroup:

@@ -14,7 +14,7 @@ in the package's own arithmetic. Core ML itself is then told as not run.
 import argparse
 import datetime
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -23,18 +23,28 @@ from tqdm import tqdm
 
 from mobile_runtime import backends
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.checks import Runtime, Step, check_component
+from mobile_runtime.checks import Teller, check_component
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.latency import Latency, environment
-from mobile_runtime.pipeline_checks import check_pipeline
+from mobile_runtime.pipeline_checks import check_prompt
 from mobile_runtime.report import (
     PIPELINE,
     Check,
+    Pictures,
     Report,
     check_writable,
     conclude,
     format_table,
     write_report,
+)
+from mobile_runtime.runs import (
+    ComponentRun,
+    NoRun,
+    Runtime,
+    Step,
+    load_pipeline,
+    run_component,
+    run_prompt,
 )
 
 DEFAULT_REPEATS = 5
@@ -85,12 +95,10 @@ def validate(
             for runtime in chosen:
                 # An interpreter's time says nothing about a device.
                 timed = 0 if runtime.backend == "mil" else repeats
-                found, times = check_component(
-                    bundle, entry.name, runtime, repeats=timed, step=step
-                )
-                checks += found
-                latency += [times] if times else []
-        found, pictures = check_pipeline(bundle, chosen[-1], wanted, step=step)
+                run = run_component(bundle, entry.name, runtime, repeats=timed, step=step)
+                checks += check_component(bundle, entry.name, runtime, run)
+                latency += [run.latency] if isinstance(run, ComponentRun) and run.latency else []
+        found, pictures = check_pipeline(bundle, chosen[-1], wanted, step)
         checks += found
     checks += _not_run(bundle, chosen, left_out=len(manifest.golden.prompts) - len(wanted))
     verdict, summary = conclude(tuple(checks))
@@ -106,6 +114,26 @@ def validate(
         latency=tuple(latency),
         pictures=tuple(pictures),
     )
+
+
+def check_pipeline(
+    bundle: Bundle, runtime: Runtime, prompts: Sequence[int], step: Step
+) -> tuple[list[Check], list[Pictures]]:
+    """Run the golden prompts of these indices from their stored noise, and judge them."""
+    tell = Teller(PIPELINE, runtime.label)
+    if not prompts:
+        return [tell("outputs", "not_run", "the bundle holds no golden prompt to run")], []
+    pipeline = load_pipeline(bundle, runtime, step)
+    if isinstance(pipeline, NoRun):
+        return [tell("outputs", pipeline.status, pipeline.reason)], []
+    checks: list[Check] = []
+    pictures: list[Pictures] = []
+    for index in prompts:
+        run = run_prompt(bundle, index, pipeline, runtime, step)
+        found, shown = check_prompt(bundle, runtime, index, run)
+        checks += found
+        pictures += [shown] if shown else []
+    return checks, pictures
 
 
 def _not_run(bundle: Bundle, chosen: list[Runtime], left_out: int) -> list[Check]:
