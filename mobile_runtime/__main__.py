@@ -40,7 +40,7 @@ OTHER_PICTURES = (".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".tif", ".tiff", ".w
 
 def main(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
-    from mobile_runtime import validate
+    from mobile_runtime import job_runner, validate
 
     parser = argparse.ArgumentParser(
         prog="python -m mobile_runtime",
@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
     validate.add_arguments(
         add("validate", "check that a bundle computes what it should", validate.run)
     )
+    job_runner.add_arguments(add("run-job", "run a job folder on this machine", job_runner.run))
     args = parser.parse_args(argv)
     return int(args.run(args))
 

@@ -6,14 +6,17 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from mobile_runtime.manifest import Strict
 
-Arrays = dict[str, np.ndarray]
+Clock = Callable[[], float]
+"""Seconds; a test gives its own."""
 
-WARM_UP = 1
+WARM_UP = 2
 # A slow component is timed fewer times rather than for minutes.
 BUDGET_S = 10.0
 
@@ -27,52 +30,76 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 _LIBRARIES = ("numpy", "onnxruntime", "executorch", "coremltools", "torch", "pocket-diffusion")
 
 
+class Timing(Strict):
+    """Milliseconds of one component, or of whole pictures. Loading and the first call are apart."""
+
+    load_ms: float = Field(ge=0)
+    first_ms: float = Field(ge=0, description="the first call, which may compile or allocate")
+    warm_up: int = Field(ge=0, description="calls right before those that are timed")
+    times_ms: tuple[Annotated[float, Field(ge=0)], ...] = Field(description="of every timed call")
+    parts_ms: dict[str, tuple[float, ...]] = Field(
+        default_factory=dict,
+        description="of each call in the last picture, by component; the UNet's are its steps",
+    )
+
+
 class Latency(Strict):
     """One component's times in milliseconds; p90 by linear interpolation between repeats."""
 
     component: str
     runtime: str
     load_ms: float
+    first_ms: float
     warm_up: int
     repeats: int
     median_ms: float
     p90_ms: float
     min_ms: float
+    spread_ms: float = Field(description="between the quartiles")
+    peak_bytes: int | None = Field(default=None, description="of the process, while it ran")
+    parts_ms: dict[str, tuple[float, ...]] = Field(default_factory=dict)
 
 
-def measure(
-    run: Callable[[Arrays], Arrays],
-    inputs: Arrays,
-    *,
-    component: str,
-    runtime: str,
-    load_ms: float,
-    repeats: int = 5,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Latency:
-    """Time a loaded component: warm-up calls are not counted, nor is its loading.
+def summary(
+    component: str, runtime: str, timing: Timing, peak_bytes: int | None = None
+) -> Latency | None:
+    """What times amount to; None where nothing was timed."""
+    times = timing.times_ms
+    if not times:
+        return None
+    low, median, high, p90 = (float(np.percentile(times, q)) for q in (25, 50, 75, 90))
+    return Latency(
+        component=component,
+        runtime=runtime,
+        load_ms=timing.load_ms,
+        first_ms=timing.first_ms,
+        warm_up=timing.warm_up,
+        repeats=len(times),
+        median_ms=median,
+        p90_ms=p90,
+        min_ms=min(times),
+        spread_ms=high - low,
+        peak_bytes=peak_bytes,
+        parts_ms=timing.parts_ms,
+    )
 
-    repeats: at least 1; stops earlier, after at least one, when 10 s are spent.
-    clock: seconds; a test gives its own.
+
+def repeated(
+    call: Callable[[], object], warm_up: int, repeats: int, clock: Clock = time.perf_counter
+) -> tuple[float, ...]:
+    """Milliseconds of each of `repeats` calls, after `warm_up` calls that are not counted.
+
+    It stops earlier, after at least one, when 10 s are spent.
     """
-    for _ in range(WARM_UP):
-        run(inputs)
+    for _ in range(warm_up):
+        call()
     times_ms: list[float] = []
     began = clock()
     while len(times_ms) < repeats and (not times_ms or clock() - began < BUDGET_S):
         start = clock()
-        run(inputs)
+        call()
         times_ms.append((clock() - start) * 1000)
-    return Latency(
-        component=component,
-        runtime=runtime,
-        load_ms=load_ms,
-        warm_up=WARM_UP,
-        repeats=len(times_ms),
-        median_ms=float(np.median(times_ms)),
-        p90_ms=float(np.percentile(times_ms, 90)),
-        min_ms=min(times_ms),
-    )
+    return tuple(times_ms)
 
 
 class Environment(Strict):

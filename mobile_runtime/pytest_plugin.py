@@ -19,20 +19,21 @@ A gated check that fails, or that could not run, is a failed test. A figure that
 skipped with the figure as its reason. Each model runs once, when the first of its tests needs it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mobile_runtime.bundle import MANIFEST, Bundle
-from mobile_runtime.checks import check_component, component_kinds
+from mobile_runtime.checks import component_kinds
 from mobile_runtime.errors import PocketError
+from mobile_runtime.judge import judge_component, judge_prompts
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.pipeline_checks import PROMPT_KINDS
 from mobile_runtime.report import Check, Kind
-from mobile_runtime.runs import Runtime, run_component
-from mobile_runtime.validate import check_pipeline, runtimes
+from mobile_runtime.runs import Runtime
+from mobile_runtime.validate import draw_here, run_here, runtimes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -93,7 +94,7 @@ class BundleFile(pytest.File):
                     yield CheckItem.from_parent(self, name=name, group=group, kind=kind)
         prompts = range(len(bundle.manifest.golden.prompts))
         last = chosen[-1].label
-        group = CheckGroup(lambda: check_pipeline(bundle, chosen[-1], prompts, _quiet)[0])
+        group = CheckGroup(_pipeline(bundle, chosen[-1], prompts))
         for prompt in prompts:
             for kind in PROMPT_KINDS:
                 name = f"pipeline_{kind}[{last}-prompt{prompt}]"
@@ -110,8 +111,18 @@ def _quiet(text: str) -> None:
 
 def _component(bundle: Bundle, name: ComponentName, runtime: Runtime) -> Callable[[], list[Check]]:
     def checks() -> list[Check]:
-        run = run_component(bundle, name, runtime, repeats=0, step=_quiet)
-        return check_component(bundle, name, runtime, run)
+        run = run_here(bundle, name, runtime, repeats=0, step=_quiet)
+        return judge_component(bundle, name, runtime, run).checks
+
+    return checks
+
+
+def _pipeline(
+    bundle: Bundle, runtime: Runtime, prompts: Sequence[int]
+) -> Callable[[], list[Check]]:
+    def checks() -> list[Check]:
+        runs = draw_here(bundle, runtime, prompts, repeats=0, step=_quiet)
+        return judge_prompts(bundle, runtime, runs).checks
 
     return checks
 

@@ -19,7 +19,6 @@ from mobile_runtime.latency import Environment, Latency
 from mobile_runtime.manifest import Strict, Target
 from mobile_runtime.parity import Status
 
-REPORT_SCHEMA_VERSION = 1
 REPORT_JSON, REPORT_HTML = REPORTS
 
 Verdict = Literal["pass", "fail", "not_run"]
@@ -83,9 +82,9 @@ class Pictures(Strict):
 
 
 class Report(Strict):
-    """`report.json`, schema 1."""
+    """`report.json`, schema 2."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     verdict: Verdict
     summary: str = Field(description="one sentence; it names the first component that failed")
     bundle: str = Field(description="the manifest's name")

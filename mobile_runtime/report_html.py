@@ -210,14 +210,17 @@ def _latency(report: Report) -> str:
             f"{row.median_ms:.1f} ms",
             f"{row.p90_ms:.1f} ms",
             f"{row.min_ms:.1f} ms",
+            f"{row.first_ms:.1f} ms",
             f"{row.load_ms:.0f} ms",
-            str(row.repeats),
+            f"{row.repeats}",
         ]
         for row in report.latency
     ]
     if not rows:
         return ""
-    table = _table(["Component", "Median", "p90", "Min", "Load", "Repeats"], rows, wide=(3, 5))
+    table = _table(
+        ["Component", "Median", "p90", "Min", "First call", "Load", "Repeats"], rows, wide=(3, 4, 6)
+    )
     note = '<p class="soft">One call on the machine named below; measured, not gated.</p>'
     return f'<h2>Latency</h2><div class="card">{table}{note}</div>'
 

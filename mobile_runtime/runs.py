@@ -1,22 +1,24 @@
-"""Running the golden cases of a bundle in one runtime of this machine: what came out, unjudged.
+"""Running a bundle's models on this machine: what came out, unjudged.
 
-A device fills in the same records (jobs.py), so that checks.py and pipeline_checks.py judge
-both alike.
+Validation and jobs (job_runner.py) run them alike, and checks.py and pipeline_checks.py judge both
+alike.
 """
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from mobile_runtime import backends
+from mobile_runtime.backends import Runner
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError, GateError, UserError
-from mobile_runtime.goldens import Arrays, Case, golden_cases, prompt_case
-from mobile_runtime.latency import Latency, measure
-from mobile_runtime.manifest import ComponentName, Gates
+from mobile_runtime.goldens import Arrays, Case
+from mobile_runtime.latency import Clock, Timing, repeated
+from mobile_runtime.manifest import ComponentName, Gates, GoldenPrompt
 from mobile_runtime.noise import Noise
 from mobile_runtime.parity import check_outputs
 from mobile_runtime.pipeline import Pipeline
@@ -26,16 +28,18 @@ Step = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Runtime:
-    """A backend as it is checked: its name, its options, and what it computes in."""
+    """A backend as it is checked: its name, its options, what it computes in, and where."""
 
     backend: str
     arithmetic: Literal["float32", "float16"]
     options: dict[str, Any] = field(default_factory=dict)
+    device: str | None = None
 
     @property
     def label(self) -> str:
         """The name in a report."""
-        return f"{self.backend} {self.arithmetic}" if self.options else self.backend
+        name = f"{self.backend} {self.arithmetic}" if "arithmetic" in self.options else self.backend
+        return f"{name} on {self.device}" if self.device else name
 
     def gate_db(self, gates: Gates) -> float | None:
         """The same-function gate of a component in this arithmetic."""
@@ -54,13 +58,14 @@ class NoRun:
 class ComponentRun:
     """What one component gave.
 
-    outputs: of each golden case. again: of the first case once more, after the others. latency:
-    None where it was not asked for, or the outputs have a fault.
+    outputs: of each case. again: of the first case once more, after the others. peak_bytes: None
+    where nobody measured it.
     """
 
     outputs: tuple[Arrays, ...]
     again: Arrays
-    latency: Latency | None = None
+    timing: Timing
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Made:
 
     trajectory: np.ndarray
     picture: np.ndarray
+    timing: Timing
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,51 +94,54 @@ class PromptRun:
 
 
 def run_component(
-    bundle: Bundle, component: ComponentName, runtime: Runtime, *, repeats: int, step: Step
+    bundle: Bundle,
+    component: ComponentName,
+    runtime: Runtime,
+    inputs: Sequence[Arrays],
+    *,
+    step: Step,
+    repeats: int = 0,
+    warm_up: int = 0,
+    clock: Clock = time.perf_counter,
 ) -> ComponentRun | NoRun:
-    """Run every golden case of a component.
+    """Run a component on every case, the first of them once more, then time that one.
 
-    repeats: timed calls; 0 measures no latency. step: told what is being run.
+    repeats, warm_up: timed calls, and calls right before them. step: told what is being run.
     """
-    cases = golden_cases(bundle, component)
-    if not cases:
+    if not inputs:
         return NoRun("not_run", "the bundle holds no golden cases for it")
     step(f"{component} in {runtime.label}: load")
+    began = clock()
     try:
-        start = time.perf_counter()
         run = backends.load(bundle, component, backend=runtime.backend, **runtime.options)
-        load_ms = (time.perf_counter() - start) * 1000
     except BundleError as error:
         return NoRun("fail", str(error))
     except UserError as error:
         return NoRun("not_run", str(error))
     except Exception as error:  # the runtimes' own errors share no class
         return NoRun("fail", f"the model does not load: {brief(error)}")
+    load_ms = 1000 * (clock() - began)
     try:
-        outputs = []
-        for k, case in enumerate(cases):
-            step(f"{component} in {runtime.label}: case {k + 1} of {len(cases)}")
-            outputs.append(_call(run, case.inputs))
+        outputs, first_ms = [], 0.0
+        for k, feeds in enumerate(inputs):
+            step(f"{component} in {runtime.label}: case {k + 1} of {len(inputs)}")
+            began = clock()
+            outputs.append(_call(run, feeds))
+            first_ms = first_ms or 1000 * (clock() - began)
         # After the others, so that a state that leaks from one call to the next shows as well.
         step(f"{component} in {runtime.label}: case 1 again")
-        again = _call(run, cases[0].inputs)
-        latency = None
-        if repeats and not outputs_fault(cases, outputs):
+        again = _call(run, inputs[0])
+        times: tuple[float, ...] = ()
+        if repeats:
             step(f"{component} in {runtime.label}: latency")
-            latency = measure(
-                run,
-                cases[0].inputs,
-                component=component,
-                runtime=runtime.label,
-                load_ms=load_ms,
-                repeats=repeats,
-            )
+            times = repeated(lambda: run(inputs[0]), warm_up, repeats, clock)
     except Exception as error:
         return NoRun("fail", f"the model does not run: {brief(error)}")
-    return ComponentRun(tuple(outputs), again, latency)
+    timing = Timing(load_ms=load_ms, first_ms=first_ms, warm_up=warm_up, times_ms=times)
+    return ComponentRun(tuple(outputs), again, timing)
 
 
-def outputs_fault(cases: list[Case], outputs: list[Arrays] | tuple[Arrays, ...]) -> str | None:
+def outputs_fault(cases: Sequence[Case], outputs: Sequence[Arrays]) -> str | None:
     """The first fault of form (name, shape, dtype, finiteness), with its case; None if sound."""
     for k, (case, output) in enumerate(zip(cases, outputs, strict=True)):
         for verdict in check_outputs(case.same_function, output):
@@ -140,49 +150,105 @@ def outputs_fault(cases: list[Case], outputs: list[Arrays] | tuple[Arrays, ...])
     return None
 
 
-def _call(run: Callable[[Arrays], Arrays], inputs: Arrays) -> Arrays:
+def _call(run: Runner, inputs: Arrays) -> Arrays:
     """Run on copies, and copy what comes back: a runtime may reuse its buffers."""
     outputs = run({name: array.copy() for name, array in inputs.items()})
     return {name: np.array(value) for name, value in outputs.items()}
 
 
-def load_pipeline(bundle: Bundle, runtime: Runtime, step: Step) -> Pipeline | NoRun:
-    """The whole pipeline in a runtime, or why it cannot be had."""
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """The whole pipeline in a runtime, and how long loading took."""
+
+    pipeline: Pipeline
+    runtime: Runtime
+    load_ms: float
+
+
+def load_pipeline(
+    bundle: Bundle, runtime: Runtime, step: Step, clock: Clock = time.perf_counter
+) -> LoadedPipeline | NoRun:
+    """Load all models of the pipeline, or tell why not."""
     step(f"pipeline in {runtime.label}: load")
+    began = clock()
     try:
-        return Pipeline.from_bundle(bundle, backend=runtime.backend, **runtime.options)
+        pipeline = Pipeline.from_bundle(bundle, backend=runtime.backend, **runtime.options)
     except BundleError as error:
         return NoRun("fail", str(error))
     except UserError as error:
         return NoRun("not_run", str(error))
     except Exception as error:  # the runtimes' own errors share no class
         return NoRun("fail", f"a model does not load: {brief(error)}")
+    return LoadedPipeline(pipeline, runtime, 1000 * (clock() - began))
 
 
 def run_prompt(
-    bundle: Bundle, index: int, pipeline: Pipeline, runtime: Runtime, step: Step
+    loaded: LoadedPipeline,
+    golden: GoldenPrompt,
+    noise: np.ndarray,
+    fresh_noise: np.ndarray | None,
+    *,
+    step: Step,
+    repeats: int = 0,
+    clock: Clock = time.perf_counter,
 ) -> PromptRun:
-    """Run one golden prompt."""
-    case = prompt_case(bundle, index)
-    golden = case.golden
-    ids, noise = pipeline.tokenizer.encode(golden.prompt), Noise(golden.seed).draw(case.noise.shape)
-    label = f"prompt {index} in {runtime.label}"
-    step(label)
-    try:
-        result = pipeline(
+    """Draw one golden prompt from its noise (1, C, h, w), then `repeats` times more for the time.
+
+    fresh_noise: (n, C, h, w) where the schedule takes any.
+    """
+    pipeline = loaded.pipeline
+    ids, drawn = pipeline.tokenizer.encode(golden.prompt), Noise(golden.seed).draw(noise.shape)
+    label = f"{golden.prompt!r} in {loaded.runtime.label}"
+    parts: dict[str, list[float]] = {}
+
+    def draw() -> Any:
+        parts.clear()
+        return watched(
             golden.prompt,
             negative_prompt=golden.negative_prompt,
             steps=golden.steps,
             guidance_scale=golden.guidance_scale,
-            noise=case.noise,
-            fresh_noise=case.fresh_noise,
+            noise=noise,
+            fresh_noise=fresh_noise,
             on_step=lambda done, steps, latents: step(f"{label}: step {done} of {steps}"),
         )
+
+    watched = _watched(pipeline, parts, clock)
+    step(label)
+    try:
+        began = clock()
+        result = draw()
+        first_ms = 1000 * (clock() - began)
+        times = repeated(draw, 0, repeats, clock) if repeats else ()
     except GateError as error:
-        return PromptRun(ids, noise, NoRun("fail", str(error)))
+        return PromptRun(ids, drawn, NoRun("fail", str(error)))
     except Exception as error:  # the runtimes' own errors share no class
-        return PromptRun(ids, noise, NoRun("fail", f"it does not run: {brief(error)}"))
-    return PromptRun(ids, noise, Made(result.trajectory, result.picture))
+        return PromptRun(ids, drawn, NoRun("fail", f"it does not run: {brief(error)}"))
+    timing = Timing(
+        load_ms=loaded.load_ms,
+        first_ms=first_ms,
+        warm_up=0,
+        times_ms=times,
+        parts_ms={name: tuple(values) for name, values in parts.items()},
+    )
+    return PromptRun(ids, drawn, Made(result.trajectory, result.picture, timing))
+
+
+def _watched(pipeline: Pipeline, parts: dict[str, list[float]], clock: Clock) -> Pipeline:
+    """A pipeline that notes the milliseconds of every call of each component."""
+
+    def timed(name: str, run: Runner) -> Runner:
+        def timed_run(feeds: Arrays) -> Arrays:
+            began = clock()
+            outputs = run(feeds)
+            parts.setdefault(name, []).append(1000 * (clock() - began))
+            return outputs
+
+        return timed_run
+
+    watched = copy.copy(pipeline)
+    watched.components = {name: timed(name, run) for name, run in pipeline.components.items()}
+    return watched
 
 
 def brief(error: Exception) -> str:

@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 from mobile_runtime import backends
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.checks import Teller, check_component
 from mobile_runtime.errors import UserError, choices
-from mobile_runtime.latency import Latency, environment
-from mobile_runtime.pipeline_checks import check_prompt
+from mobile_runtime.goldens import golden_cases, prompt_case
+from mobile_runtime.judge import Judged, judge_component, judge_prompts
+from mobile_runtime.latency import WARM_UP, Environment, environment
+from mobile_runtime.manifest import ComponentName
 from mobile_runtime.report import (
     PIPELINE,
     Check,
-    Pictures,
     Report,
     check_writable,
     conclude,
@@ -40,6 +40,7 @@ from mobile_runtime.report import (
 from mobile_runtime.runs import (
     ComponentRun,
     NoRun,
+    PromptRun,
     Runtime,
     Step,
     load_pipeline,
@@ -47,6 +48,8 @@ from mobile_runtime.runs import (
     run_prompt,
 )
 
+UNTIMED = ("mil",)
+"""An interpreter's time says nothing about a device."""
 DEFAULT_REPEATS = 5
 # A bar for what takes longer than this; nothing flashes by before.
 PROGRESS_AFTER_S = 2.0
@@ -88,52 +91,68 @@ def validate(
     manifest = bundle.manifest
     chosen = runtimes(bundle, backend)
     wanted = list(range(len(manifest.golden.prompts)))[:prompts]
-    checks: list[Check] = []
-    latency: list[Latency] = []
+    judged = Judged()
     with _bar(_count_steps(bundle, chosen, wanted, repeats), progress) as step:
         for entry in manifest.components:
             for runtime in chosen:
-                # An interpreter's time says nothing about a device.
-                timed = 0 if runtime.backend == "mil" else repeats
-                run = run_component(bundle, entry.name, runtime, repeats=timed, step=step)
-                checks += check_component(bundle, entry.name, runtime, run)
-                latency += [run.latency] if isinstance(run, ComponentRun) and run.latency else []
-        found, pictures = check_pipeline(bundle, chosen[-1], wanted, step)
-        checks += found
-    checks += _not_run(bundle, chosen, left_out=len(manifest.golden.prompts) - len(wanted))
-    verdict, summary = conclude(tuple(checks))
-    return Report(
-        verdict=verdict,
-        summary=summary,
-        bundle=manifest.name,
-        target=manifest.target,
-        manifest_sha256=bundle.manifest_sha256,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        environment=environment(),
-        checks=tuple(checks),
-        latency=tuple(latency),
-        pictures=tuple(pictures),
+                run = run_here(bundle, entry.name, runtime, repeats=repeats, step=step)
+                judged.add(judge_component(bundle, entry.name, runtime, run))
+        runs = draw_here(bundle, chosen[-1], wanted, repeats=repeats, step=step)
+        judged.add(judge_prompts(bundle, chosen[-1], runs))
+    left_out = len(manifest.golden.prompts) - len(wanted)
+    judged.checks += _not_run(bundle, chosen, left_out)
+    return report_of(bundle, judged, environment())
+
+
+def run_here(
+    bundle: Bundle, component: ComponentName, runtime: Runtime, *, repeats: int, step: Step
+) -> ComponentRun | NoRun:
+    """Run a component's golden cases on this machine. repeats: timed calls, 0 for none."""
+    inputs = [case.inputs for case in golden_cases(bundle, component)]
+    if runtime.backend in UNTIMED:
+        repeats = 0
+    warm_up = WARM_UP if repeats else 0
+    return run_component(
+        bundle, component, runtime, inputs, warm_up=warm_up, repeats=repeats, step=step
     )
 
 
-def check_pipeline(
-    bundle: Bundle, runtime: Runtime, prompts: Sequence[int], step: Step
-) -> tuple[list[Check], list[Pictures]]:
-    """Run the golden prompts of these indices from their stored noise, and judge them."""
-    tell = Teller(PIPELINE, runtime.label)
+def draw_here(
+    bundle: Bundle, runtime: Runtime, prompts: Sequence[int], *, repeats: int, step: Step
+) -> dict[int, PromptRun] | NoRun:
+    """Run the golden prompts of these indices on this machine; the first is timed, too."""
     if not prompts:
-        return [tell("outputs", "not_run", "the bundle holds no golden prompt to run")], []
-    pipeline = load_pipeline(bundle, runtime, step)
-    if isinstance(pipeline, NoRun):
-        return [tell("outputs", pipeline.status, pipeline.reason)], []
-    checks: list[Check] = []
-    pictures: list[Pictures] = []
+        return {}
+    loaded = load_pipeline(bundle, runtime, step)
+    if isinstance(loaded, NoRun):
+        return loaded
+    if runtime.backend in UNTIMED:
+        repeats = 0
+    runs = {}
     for index in prompts:
-        run = run_prompt(bundle, index, pipeline, runtime, step)
-        found, shown = check_prompt(bundle, runtime, index, run)
-        checks += found
-        pictures += [shown] if shown else []
-    return checks, pictures
+        case = prompt_case(bundle, index)
+        timed = repeats if index == prompts[0] else 0
+        runs[index] = run_prompt(
+            loaded, case.golden, case.noise, case.fresh_noise, repeats=timed, step=step
+        )
+    return runs
+
+
+def report_of(bundle: Bundle, judged: Judged, environment: Environment) -> Report:
+    """The report on a bundle. environment: of the machine that ran it."""
+    verdict, summary = conclude(tuple(judged.checks))
+    return Report(
+        verdict=verdict,
+        summary=summary,
+        bundle=bundle.manifest.name,
+        target=bundle.manifest.target,
+        manifest_sha256=bundle.manifest_sha256,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        environment=environment,
+        checks=tuple(judged.checks),
+        latency=tuple(judged.latency),
+        pictures=tuple(judged.pictures),
+    )
 
 
 def _not_run(bundle: Bundle, chosen: list[Runtime], left_out: int) -> list[Check]:
@@ -164,7 +183,7 @@ def _count_steps(bundle: Bundle, chosen: list[Runtime], prompts: list[int], repe
     """How many times the checks tell a step, if all goes well."""
     golden = bundle.manifest.golden
     per_model = sum(2 + (golden.cases.get(e.name) or 0) for e in bundle.manifest.components)
-    timed = sum(r.backend != "mil" and repeats > 0 for r in chosen) * len(
+    timed = sum(r.backend not in UNTIMED and repeats > 0 for r in chosen) * len(
         bundle.manifest.components
     )
     return per_model * len(chosen) + timed + 1 + sum(1 + golden.prompts[k].steps for k in prompts)

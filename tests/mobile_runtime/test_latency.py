@@ -6,9 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mobile_runtime.latency import WARM_UP, environment, measure
-
-INPUTS = {"x": np.zeros(3, np.float32)}
+from mobile_runtime.latency import Timing, environment, repeated, summary
 
 
 def clock_of(durations_s: list[float]) -> Iterator[float]:
@@ -24,36 +22,37 @@ def clock_of(durations_s: list[float]) -> Iterator[float]:
     yield now
 
 
-def measured(durations_s: list[float], repeats: int) -> tuple[object, int]:
-    calls = []
+def timed(durations_s: list[float], repeats: int, warm_up: int = 2) -> tuple[Timing, int]:
+    calls: list[int] = []
     ticks = clock_of(durations_s)
-    latency = measure(
-        lambda feeds: calls.append(feeds) or feeds,  # type: ignore[func-returns-value]
-        INPUTS,
-        component="unet",
-        runtime="fake",
-        load_ms=12.0,
-        repeats=repeats,
-        clock=lambda: next(ticks),
-    )
-    return latency, len(calls)
+    times = repeated(lambda: calls.append(1), warm_up, repeats, lambda: next(ticks))
+    timing = Timing(load_ms=12.0, first_ms=9.0, warm_up=warm_up, times_ms=times)
+    return timing, len(calls)
 
 
-def test_median_p90_and_minimum_are_those_of_the_timed_calls_alone() -> None:
-    durations_s = [0.005, 0.001, 0.003, 0.002, 0.004]
-    latency, calls = measured(durations_s, repeats=5)
-    assert calls == WARM_UP + 5
+def test_the_figures_are_those_of_the_timed_calls_alone() -> None:
+    timing, calls = timed([0.005, 0.001, 0.003, 0.002, 0.004], repeats=5)
+    latency = summary("unet", "fake", timing, peak_bytes=7)
+    assert latency is not None
+    assert calls == 2 + 5
     assert latency.repeats == 5
     assert latency.median_ms == pytest.approx(3)
     assert latency.p90_ms == pytest.approx(np.percentile([5, 1, 3, 2, 4], 90))
     assert latency.min_ms == pytest.approx(1)
-    assert latency.load_ms == 12.0
+    assert latency.spread_ms == pytest.approx(2)
+    assert (latency.load_ms, latency.first_ms, latency.warm_up) == (12.0, 9.0, 2)
+    assert latency.peak_bytes == 7
 
 
 def test_a_slow_component_is_timed_fewer_times_but_at_least_once() -> None:
-    latency, calls = measured([60.0, 60.0, 60.0], repeats=3)
-    assert latency.repeats == 1
-    assert calls == WARM_UP + 1
+    timing, calls = timed([60.0, 60.0, 60.0], repeats=3)
+    assert len(timing.times_ms) == 1
+    assert calls == 2 + 1
+
+
+def test_nothing_timed_gives_no_figures() -> None:
+    timing = Timing(load_ms=1, first_ms=1, warm_up=0, times_ms=())
+    assert summary("unet", "fake", timing) is None
 
 
 def test_the_environment_names_the_machine_its_libraries_and_the_threads_that_were_set(

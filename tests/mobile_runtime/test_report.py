@@ -145,7 +145,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     write_report(written, bundle.path)
     assert read_report(bundle) == written
     data = json.loads((bundle.path / "report.json").read_text())
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert data["manifest_sha256"] == bundle.manifest_sha256
 
 

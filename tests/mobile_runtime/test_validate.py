@@ -68,7 +68,13 @@ def test_an_undamaged_bundle_passes_with_every_check_made(good: Bundle) -> None:
     assert same.value is not None
     assert same.value > 100
     assert len(same.details["cases"]) == good.manifest.golden.cases["unet"]
-    assert [row.component for row in report.latency] == ["text_encoder", "unet", "vae_decoder"]
+    timed = [row.component for row in report.latency]
+    assert timed == ["text_encoder", "unet", "vae_decoder", "pipeline"]
+    calls = {name: len(times) for name, times in report.latency[-1].parts_ms.items()}
+    steps = good.manifest.golden.prompts[0].steps
+    texts = 2 if good.manifest.golden.prompts[0].guidance_scale > 1 else 1
+    per_step = texts // good.component("unet").inputs[0].shape[0]
+    assert calls == {"text_encoder": texts, "unet": steps * max(1, per_step), "vae_decoder": 1}
     assert len(find(report, "pipeline", "trajectory", 0).details["snr_db_by_step"]) == 4
     assert [pictures.prompt for pictures in report.pictures] == ["red fox", "the rat"]
 

@@ -1,0 +1,182 @@
+"""Runs a job folder in this process: `python -m mobile_runtime run-job`.
+
+What a device does that has Python; a phone's app does the same by JOBS.md. It needs numpy,
+pydantic, safetensors, and the runtime that the job names.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mobile_runtime import machine
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.errors import UserError
+from mobile_runtime.jobs import (
+    DEVICE,
+    Arrays,
+    ComponentTask,
+    DeviceFacts,
+    Job,
+    PromptTask,
+    Record,
+    Result,
+    open_job,
+    write_json,
+)
+from mobile_runtime.latency import environment
+from mobile_runtime.runs import (
+    LoadedPipeline,
+    NoRun,
+    Runtime,
+    load_pipeline,
+    run_component,
+    run_prompt,
+)
+
+
+def run_job(
+    folder: Path,
+    bundle: Bundle,
+    output: Path,
+    *,
+    only: Sequence[str] | None = None,
+    emulated: bool = False,
+) -> Result:
+    """Run what a result folder lacks of a job. A task that fails is told in its record.
+
+    only: the tasks of these names. emulated: told in the result. Raises UserError where the bundle
+    is not the job's.
+    """
+    job, inputs = open_job(folder)
+    if bundle.manifest_sha256 != job.manifest_sha256:
+        raise UserError(
+            f"{bundle.path} is not the bundle that the job in {folder} was made for (its manifest "
+            "differs); give that one, or make the job anew"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    result = Result(output, job)
+    facts = DeviceFacts(
+        job=job.id,
+        device=machine.model(),
+        emulated=emulated,
+        memory_bytes=machine.memory_bytes(),
+        environment=environment(),
+    )
+    write_json(output / DEVICE, facts)
+    missing = set(result.missing())
+    tasks = [t for t in job.tasks if t.name in missing and (only is None or t.name in only)]
+    runner = _Tasks(job, bundle)
+    # disable=None: no bar where the output is not a terminal.
+    for task in tqdm(tasks, unit="task", disable=None, delay=2, leave=False):
+        own = _under(f"{task.name}/", inputs)
+        with machine.peak_memory() as peak:
+            values, tensors = (
+                runner.component(task, own)
+                if isinstance(task, ComponentTask)
+                else runner.prompt(task, own)
+            )
+            values["peak_bytes"] = None if emulated else peak()
+        record = Record(
+            job=job.id,
+            manifest_sha256=bundle.manifest_sha256,
+            task=task.name,
+            thermal=machine.thermal_state(),
+            **values,
+        )
+        result.write(record, tensors)
+    return result
+
+
+def _under(prefix: str, tensors: Arrays) -> Arrays:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+class _Tasks:
+    """Runs single tasks; the pipeline stays loaded from one prompt to the next."""
+
+    def __init__(self, job: Job, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.runtime = Runtime(job.backend, bundle.manifest.arithmetic, job.options)
+        self.pipeline: LoadedPipeline | NoRun | None = None
+
+    def component(self, task: ComponentTask, inputs: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """Values of the record, and tensors."""
+        cases = [_under(f"{k}/", inputs) for k in range(task.cases)]
+        run = run_component(
+            self.bundle,
+            task.component,
+            self.runtime,
+            cases,
+            warm_up=task.warm_up if task.repeats else 0,
+            repeats=task.repeats,
+            step=_quiet,
+        )
+        if isinstance(run, NoRun):
+            return _why(run), {}
+        places = {str(k): outputs for k, outputs in enumerate(run.outputs)} | {"again": run.again}
+        tensors = {
+            f"{place}/{name}": value
+            for place, outputs in places.items()
+            for name, value in outputs.items()
+        }
+        return {"status": "done", "timing": run.timing}, tensors
+
+    def prompt(self, task: PromptTask, inputs: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """Values of the record, and tensors."""
+        if self.pipeline is None:
+            self.pipeline = load_pipeline(self.bundle, self.runtime, _quiet)
+        if isinstance(self.pipeline, NoRun):
+            return _why(self.pipeline), {}
+        run = run_prompt(
+            self.pipeline,
+            task.golden,
+            inputs["noise"],
+            inputs.get("fresh_noise"),
+            repeats=task.repeats,
+            step=_quiet,
+        )
+        tensors = {"ids": run.ids, "noise": run.noise}
+        if isinstance(run.made, NoRun):
+            return _why(run.made), tensors
+        tensors |= {"trajectory": run.made.trajectory, "picture": run.made.picture}
+        return {"status": "done", "timing": run.made.timing}, tensors
+
+
+def _why(run: NoRun) -> dict[str, Any]:
+    return {"status": run.status, "reason": run.reason}
+
+
+def _quiet(text: str) -> None:
+    """The tasks are told."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `python -m mobile_runtime run-job`."""
+    parser.add_argument("job", type=Path, metavar="JOB", help="the job's folder")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="RESULT", help="the result's folder"
+    )
+    parser.add_argument(
+        "--emulated", action="store_true", help="tell that this machine's times say nothing"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a job; 0 if every task was done, else 1."""
+    result = run_job(args.job, Bundle.open(args.bundle), args.output, emulated=args.emulated)
+    worst = 0
+    for task in result.job.tasks:
+        record = result.record(task.name)
+        assert record is not None
+        print(f"{task.name}: {record.status}{f' ({record.reason})' if record.reason else ''}")
+        worst = max(worst, int(record.status != "done"))
+    return worst
