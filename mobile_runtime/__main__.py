@@ -1,7 +1,6 @@
 """`python -m mobile_runtime`: generate pictures from a bundle, look into it, validate it."""
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mobile_runtime import backends
+from mobile_runtime import backends, devices
 from mobile_runtime.backends import BACKENDS
 from mobile_runtime.bundle import MANIFEST, Bundle
 from mobile_runtime.errors import UserError, run_cli
@@ -40,7 +39,7 @@ OTHER_PICTURES = (".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".tif", ".tiff", ".w
 
 def main(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
-    from mobile_runtime import job_runner, validate
+    from mobile_runtime import validate
 
     parser = argparse.ArgumentParser(
         prog="python -m mobile_runtime",
@@ -67,7 +66,7 @@ def main(argv: list[str]) -> int:
     validate.add_arguments(
         add("validate", "check that a bundle computes what it should", validate.run)
     )
-    job_runner.add_arguments(add("run-job", "run a job folder on this machine", job_runner.run))
+    add("devices", "list where bundles can be validated", list_devices)
     args = parser.parse_args(argv)
     return int(args.run(args))
 
@@ -143,7 +142,7 @@ def generate(args: argparse.Namespace) -> int:
     outputs, sheet_path = _outputs(args.output, jobs)
     _check_free([*outputs, *([sheet_path] if sheet_path else [])], args.force)
     bundle = Bundle.open(args.bundle)
-    options = _options(args.option)
+    options = backends.parse_options(args.option)
     name = args.backend or backends.default_backend(bundle.manifest.target)
     backends.check_options(name, options)
     if args.steps is not None:  # told before models load, which can take long
@@ -256,20 +255,6 @@ def _check_free(paths: Sequence[Path], force: bool) -> None:
         check_writable(folder)
 
 
-def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs; a value is JSON if it can be, else text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--option {pair} has no value; write --option {pair}=VALUE")
-        try:
-            options[key] = json.loads(value)
-        except (ValueError, RecursionError):  # also numbers of thousands of digits
-            options[key] = value
-    return options
-
-
 def _metadata(
     bundle: Bundle, prompt: str, seed: int, steps: int, args: argparse.Namespace
 ) -> dict[str, str]:
@@ -290,6 +275,17 @@ def _metadata(
 def _guidance_scale(bundle: Bundle, args: argparse.Namespace) -> float:
     own = bundle.manifest.generation.guidance_scale
     return own if args.guidance is None else float(args.guidance)
+
+
+def list_devices(args: argparse.Namespace) -> int:
+    """Print the devices that there are, and what keeps the others."""
+    for device in devices.there():
+        obstacle = device.obstacle()
+        print(f"{device.name:24} {f'not available: {obstacle}' if obstacle else 'ready'}")
+    print("\nkinds, for --device:")
+    for kind, what in devices.KINDS.items():
+        print(f"{kind:24} {what}")
+    return 0
 
 
 def info(args: argparse.Namespace) -> int:

@@ -1,10 +1,11 @@
-"""Runs a job folder in this process: `python -m mobile_runtime run-job`.
+"""Runs a job folder in this process: `python -m mobile_runtime.job_runner --help`.
 
 What a device does that has Python; a phone's app does the same by JOBS.md. It needs numpy,
 pydantic, safetensors, and the runtime that the job names.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from mobile_runtime import machine
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.errors import UserError
+from mobile_runtime.errors import UserError, run_cli
 from mobile_runtime.jobs import (
     DEVICE,
     Arrays,
@@ -24,6 +25,7 @@ from mobile_runtime.jobs import (
     Record,
     Result,
     open_job,
+    under,
     write_json,
 )
 from mobile_runtime.latency import environment
@@ -71,7 +73,7 @@ def run_job(
     runner = _Tasks(job, bundle)
     # disable=None: no bar where the output is not a terminal.
     for task in tqdm(tasks, unit="task", disable=None, delay=2, leave=False):
-        own = _under(f"{task.name}/", inputs)
+        own = under(f"{task.name}/", inputs)
         with machine.peak_memory() as peak:
             values, tensors = (
                 runner.component(task, own)
@@ -90,15 +92,6 @@ def run_job(
     return result
 
 
-def _under(prefix: str, tensors: Arrays) -> Arrays:
-    """The tensors whose names begin so, by the rest of their names."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
-
-
 class _Tasks:
     """Runs single tasks; the pipeline stays loaded from one prompt to the next."""
 
@@ -109,7 +102,7 @@ class _Tasks:
 
     def component(self, task: ComponentTask, inputs: Arrays) -> tuple[dict[str, Any], Arrays]:
         """Values of the record, and tensors."""
-        cases = [_under(f"{k}/", inputs) for k in range(task.cases)]
+        cases = [under(f"{k}/", inputs) for k in range(task.cases)]
         run = run_component(
             self.bundle,
             task.component,
@@ -143,10 +136,16 @@ class _Tasks:
             repeats=task.repeats,
             step=_quiet,
         )
-        tensors = {"ids": run.ids, "noise": run.noise}
         if isinstance(run.made, NoRun):
-            return _why(run.made), tensors
-        tensors |= {"trajectory": run.made.trajectory, "picture": run.made.picture}
+            return _why(run.made), {}
+        assert run.ids is not None
+        assert run.noise is not None
+        tensors = {
+            "ids": run.ids,
+            "noise": run.noise,
+            "trajectory": run.made.trajectory,
+            "picture": run.made.picture,
+        }
         return {"status": "done", "timing": run.made.timing}, tensors
 
 
@@ -158,25 +157,33 @@ def _quiet(text: str) -> None:
     """The tasks are told."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `python -m mobile_runtime run-job`."""
+def main(argv: list[str]) -> int:
+    """Run a job; 0 if every task was done, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mobile_runtime.job_runner",
+        description="Run a job folder on this machine; what its result has already is kept.",
+        epilog="example: python -m mobile_runtime.job_runner job BUNDLE --output result",
+    )
     parser.add_argument("job", type=Path, metavar="JOB", help="the job's folder")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="RESULT", help="the result's folder"
     )
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="these tasks alone")
     parser.add_argument(
         "--emulated", action="store_true", help="tell that this machine's times say nothing"
     )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run a job; 0 if every task was done, else 1."""
-    result = run_job(args.job, Bundle.open(args.bundle), args.output, emulated=args.emulated)
+    args = parser.parse_args(argv)
+    bundle = Bundle.open(args.bundle)
+    result = run_job(args.job, bundle, args.output, only=args.only, emulated=args.emulated)
     worst = 0
     for task in result.job.tasks:
         record = result.record(task.name)
-        assert record is not None
-        print(f"{task.name}: {record.status}{f' ({record.reason})' if record.reason else ''}")
-        worst = max(worst, int(record.status != "done"))
+        if record is not None:
+            print(f"{task.name}: {record.status}{f' ({record.reason})' if record.reason else ''}")
+            worst = max(worst, int(record.status != "done"))
     return worst
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

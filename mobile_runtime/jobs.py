@@ -190,10 +190,14 @@ class Result:
         self.folder = folder
         self.job = job
 
+    def has(self, task: str) -> bool:
+        """Whether there is a record of a task, sound or not."""
+        return (self.folder / f"{task}.json").is_file()
+
     def record(self, task: str) -> Record | None:
         """How a task went; None: not (yet) run."""
         path = self.folder / f"{task}.json"
-        if not path.is_file():
+        if not self.has(task):
             return None
         record = _read(path, Record)
         for what, given, wanted in (
@@ -248,6 +252,15 @@ class Result:
                 partial.unlink(missing_ok=True)
             record = record.model_copy(update={"tensors_sha256": sha256(path)})
         write_json(self.folder / f"{record.task}.json", record)
+
+
+def under(prefix: str, tensors: Arrays) -> Arrays:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def write_json(path: Path, model: Strict) -> None:

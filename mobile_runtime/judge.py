@@ -5,11 +5,20 @@ from dataclasses import dataclass, field
 
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.checks import Teller, check_component
-from mobile_runtime.latency import Latency, summary
+from mobile_runtime.jobs import (
+    Arrays,
+    ComponentTask,
+    PromptTask,
+    Record,
+    Result,
+    ResultError,
+    under,
+)
+from mobile_runtime.latency import Latency, Timing, summary
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.pipeline_checks import check_prompt
 from mobile_runtime.report import PIPELINE, Check, Pictures
-from mobile_runtime.runs import ComponentRun, NoRun, PromptRun, Runtime
+from mobile_runtime.runs import ComponentRun, Made, NoRun, PromptRun, Runtime
 
 
 @dataclass
@@ -59,3 +68,84 @@ def judge_prompts(
             latency = summary(PIPELINE, runtime.label, run.made.timing, run.made.peak_bytes)
             judged.latency += [latency] if latency else []
     return judged
+
+
+def judge_result(
+    bundle: Bundle, result: Result, runtime: Runtime, troubles: Mapping[str, NoRun]
+) -> Judged:
+    """Hold what a device gave against the bundle's references.
+
+    troubles: of tasks without a sound record, why. A damaged record fails.
+    """
+    judged = Judged()
+    for task in result.job.components:
+        run = _component_run(result, task, troubles)
+        judged.add(judge_component(bundle, task.component, runtime, run))
+    runs = {task.index: _prompt_run(result, task, troubles) for task in result.job.prompts}
+    judged.add(judge_prompts(bundle, runtime, runs))
+    return judged
+
+
+def _component_run(
+    result: Result, task: ComponentTask, troubles: Mapping[str, NoRun]
+) -> ComponentRun | NoRun:
+    found = _sound(result, task, troubles)
+    if isinstance(found, NoRun):
+        return found
+    record, timing, tensors = found
+    outputs = tuple(under(f"{k}/", tensors) for k in range(task.cases))
+    return ComponentRun(outputs, under("again/", tensors), timing, record.peak_bytes)
+
+
+def _prompt_run(result: Result, task: PromptTask, troubles: Mapping[str, NoRun]) -> PromptRun:
+    found = _sound(result, task, troubles)
+    if isinstance(found, NoRun):
+        return PromptRun(None, None, found)
+    record, timing, tensors = found
+    lacking = [name for name in ("ids", "noise", "trajectory", "picture") if name not in tensors]
+    if lacking:
+        told = f"{task.name} of the result has no tensor {lacking[0]}"
+        return PromptRun(None, None, NoRun("fail", told))
+    made = Made(tensors["trajectory"], tensors["picture"], timing, record.peak_bytes)
+    return PromptRun(tensors["ids"], tensors["noise"], made)
+
+
+def _sound(
+    result: Result, task: ComponentTask | PromptTask, troubles: Mapping[str, NoRun]
+) -> tuple[Record, Timing, Arrays] | NoRun:
+    """A task's record, its times and its tensors, or why there are none.
+
+    The times of an emulated device say nothing, and are left out.
+    """
+    try:
+        record, facts = result.record(task.name), result.device()
+        if record is None:
+            return troubles.get(task.name) or NoRun("not_run", "the device gave no result for it")
+        if record.status != "done":
+            return NoRun(record.status, record.reason)
+        if record.timing is None:
+            return NoRun("fail", f"{task.name} of the result tells no times")
+        if facts is None:
+            return NoRun("fail", "the result does not tell what device it is from")
+        fault = _untimely(record.timing, task)
+        if fault and not facts.emulated:
+            return NoRun("fail", f"{task.name} of the result {fault}")
+        tensors = result.tensors(record)
+    except ResultError as error:
+        return NoRun("fail", str(error))
+    kept = () if facts.emulated else record.timing.times_ms
+    return record, record.timing.model_copy(update={"times_ms": kept}), tensors
+
+
+def _untimely(timing: Timing, task: ComponentTask | PromptTask) -> str | None:
+    """How the times were not taken as the job asks, if so."""
+    if not task.repeats:
+        return None
+    if not timing.times_ms:
+        return "has no timed calls, and the job asks for some"
+    if isinstance(task, ComponentTask) and timing.warm_up < task.warm_up:
+        return (
+            f"was timed after {timing.warm_up} calls to warm up, and the job asks for "
+            f"{task.warm_up}"
+        )
+    return None

@@ -27,7 +27,11 @@ def check_prompt(
     """Hold what came of one golden prompt against its references."""
     tell = Teller(PIPELINE, runtime.label, index)
     case, gates = prompt_case(bundle, index), bundle.manifest.gates
-    checks = [_tokens(tell, bundle, case.golden.prompt, run.ids), _noise(tell, case, run.noise)]
+    checks = []
+    if run.ids is not None:
+        checks.append(_tokens(tell, bundle, case.golden.prompt, run.ids))
+    if run.noise is not None:
+        checks.append(_noise(tell, case, run.noise))
     made = run.made
     if isinstance(made, NoRun):
         return [*checks, tell("outputs", made.status, made.reason)], None

@@ -81,6 +81,16 @@ class Pictures(Strict):
     output: np.ndarray
 
 
+class DeviceRun(Strict):
+    """What ran a job, by the name that the runtimes of its checks end in."""
+
+    name: str
+    model: str
+    emulated: bool
+    memory_bytes: int | None
+    environment: Environment
+
+
 class Report(Strict):
     """`report.json`, schema 2."""
 
@@ -91,7 +101,8 @@ class Report(Strict):
     target: Target
     manifest_sha256: str
     created: str = Field(description="UTC, ISO 8601")
-    environment: Environment
+    environment: Environment = Field(description="of the machine that judged")
+    devices: tuple[DeviceRun, ...] = ()
     checks: tuple[Check, ...]
     latency: tuple[Latency, ...] = ()
     pictures: tuple[Pictures, ...] = Field(default=(), exclude=True, repr=False)

@@ -85,11 +85,12 @@ class Made:
 class PromptRun:
     """What came of one golden prompt.
 
-    ids: of the prompt, (1, L) int32. noise: what the seed gives there, (1, C, h, w) float32.
+    ids: of the prompt, (1, L) int32. noise: what the seed gives there, (1, C, h, w) float32. None
+    where nothing was run.
     """
 
-    ids: np.ndarray
-    noise: np.ndarray
+    ids: np.ndarray | None
+    noise: np.ndarray | None
     made: Made | NoRun
 
 

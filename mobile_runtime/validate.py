@@ -23,14 +23,16 @@ from tqdm import tqdm
 
 from mobile_runtime import backends
 from mobile_runtime.bundle import Bundle
+from mobile_runtime.devices import DEFAULT_TIMEOUT_S
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.goldens import golden_cases, prompt_case
 from mobile_runtime.judge import Judged, judge_component, judge_prompts
-from mobile_runtime.latency import WARM_UP, Environment, environment
+from mobile_runtime.latency import WARM_UP, environment
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.report import (
     PIPELINE,
     Check,
+    DeviceRun,
     Report,
     check_writable,
     conclude,
@@ -101,7 +103,7 @@ def validate(
         judged.add(judge_prompts(bundle, chosen[-1], runs))
     left_out = len(manifest.golden.prompts) - len(wanted)
     judged.checks += _not_run(bundle, chosen, left_out)
-    return report_of(bundle, judged, environment())
+    return report_of(bundle, judged)
 
 
 def run_here(
@@ -138,8 +140,8 @@ def draw_here(
     return runs
 
 
-def report_of(bundle: Bundle, judged: Judged, environment: Environment) -> Report:
-    """The report on a bundle. environment: of the machine that ran it."""
+def report_of(bundle: Bundle, judged: Judged, devices: Sequence[DeviceRun] = ()) -> Report:
+    """The report on a bundle, made here."""
     verdict, summary = conclude(tuple(judged.checks))
     return Report(
         verdict=verdict,
@@ -148,7 +150,8 @@ def report_of(bundle: Bundle, judged: Judged, environment: Environment) -> Repor
         target=bundle.manifest.target,
         manifest_sha256=bundle.manifest_sha256,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        environment=environment,
+        environment=environment(),
+        devices=tuple(devices),
         checks=tuple(judged.checks),
         latency=tuple(judged.latency),
         pictures=tuple(judged.pictures),
@@ -213,6 +216,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", metavar="NAME", help="one of mobile_runtime's (default: the target's own)"
     )
     parser.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run it there instead, as in local, folder:DIR; several can be named (see devices)",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="with --device, for the backend, as in threads=2",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_positive,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="with --device: give it up after so many seconds without a result "
+        f"(default: {DEFAULT_TIMEOUT_S:g})",
+    )
+    parser.add_argument(
         "--prompts", type=_positive, metavar="N", help="only the first N golden prompts"
     )
     parser.add_argument(
@@ -229,6 +254,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"timed calls of each component, 0 for none (default: {DEFAULT_REPEATS})",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _here(bundle: Bundle, args: argparse.Namespace) -> Report:
+    if args.option:
+        raise UserError("--option goes with --device; name one, say --device local")
+    return validate(bundle, backend=args.backend, prompts=args.prompts, repeats=args.repeats)
+
+
+def _on_devices(bundle: Bundle, args: argparse.Namespace) -> Report:
+    from mobile_runtime.on_devices import Asked, validate_on
+
+    options = backends.parse_options(args.option)
+    name = args.backend or backends.default_backend(bundle.manifest.target)
+    backends.check_options(name, options)
+    asked = Asked(name, options, args.prompts, args.repeats, args.timeout)
+    # disable=None: nothing where the output is not a terminal.
+    with tqdm(disable=None, bar_format="{desc} {elapsed}", delay=PROGRESS_AFTER_S) as line:
+        return validate_on(bundle, args.device, asked, line.set_description)
 
 
 def _count(text: str) -> int:
@@ -252,7 +295,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     # A validation may take minutes; a report that cannot be kept is told before.
     check_writable(args.output or bundle.path)
-    report = validate(bundle, backend=args.backend, prompts=args.prompts, repeats=args.repeats)
+    report = _on_devices(bundle, args) if args.device else _here(bundle, args)
     models = [check for check in report.checks if check.kind == "outputs"]
     if all(check.status == "not_run" for check in models):
         raise UserError(models[0].reason if models else f"{bundle.path} holds nothing to check")

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import inspect
+import json
 import logging
 import sys
 import warnings
@@ -69,6 +70,20 @@ def load(bundle: "Bundle", component: str, *, backend: str | None = None, **opti
         return runner(feeds)
 
     return checked
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value is JSON if it can be, else text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--option {pair} has no value; write --option {pair}=VALUE")
+        try:
+            options[key] = json.loads(value)
+        except (ValueError, RecursionError):  # also numbers of thousands of digits
+            options[key] = value
+    return options
 
 
 def check_options(backend: str, options: dict[str, Any]) -> None:

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mobile_runtime.__main__ import main
 from mobile_runtime.bundle import Bundle, sha256
 from mobile_runtime.errors import BundleError, UserError, run_cli
-from mobile_runtime.job_runner import run_job
+from mobile_runtime.job_runner import main, run_job
 from mobile_runtime.jobs import Job, Record, Result, ResultError, make_job, open_job
 from tests.bundles import make_bundle
 
@@ -199,7 +198,7 @@ def test_a_job_that_names_a_path_is_refused(copied: Any) -> None:
 
 
 def test_the_command_runs_a_job(bundle: Bundle, made: Any, tmp_path: Path, capsys: Any) -> None:
-    argv = ["run-job", str(made[0]), str(bundle.path), "-o", str(tmp_path / "result")]
+    argv = [str(made[0]), str(bundle.path), "-o", str(tmp_path / "result")]
     assert run_cli(main, [*argv, "--emulated"]) == 0
     assert "unet: done" in capsys.readouterr().out
     job, _ = open_job(made[0])

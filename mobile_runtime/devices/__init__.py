@@ -1,0 +1,82 @@
+"""Where a job folder runs. `python -m mobile_runtime devices` lists what is there.
+
+    local           this machine, in a process of its own
+    folder:DIR      somebody else's: DIR/job goes to the device, its result comes back as DIR/result
+
+Every device brings a result folder as far as it can, and tells for each task that has no record
+why. Nothing that was measured is lost: the next run asks only for what is missing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.errors import UserError, choices
+from mobile_runtime.runs import NoRun
+
+DEFAULT_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """One job for a device. job, result: folders; the result may hold records already.
+
+    timeout_s: a device that has given no record for so long is given up. tell: what is going on.
+    """
+
+    bundle: Bundle
+    job: Path
+    result: Path
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    tell: Callable[[str], None] = lambda text: None
+
+
+Troubles = dict[str, NoRun]
+"""Of each task that has no sound record: why."""
+
+
+class Device(Protocol):
+    """A place that runs jobs."""
+
+    @property
+    def name(self) -> str:
+        """As users name it."""
+        ...
+
+    def obstacle(self) -> str | None:
+        """Why it cannot run a job now, and what to do; None if it can, as far as can be seen."""
+        ...
+
+    def run(self, work: Work) -> Troubles:
+        """Bring the result as far as the device goes."""
+        ...
+
+
+def find(name: str) -> Device:
+    """A device by its name. UserError for an unknown kind, with those that there are."""
+    from mobile_runtime.devices.folder import FolderDevice
+    from mobile_runtime.devices.processes import local
+
+    kind, colon, rest = name.partition(":")
+    if kind == "local" and not colon:
+        return local()
+    if kind == "folder":
+        if not rest:
+            raise UserError("the device folder needs a path; write folder:DIR")
+        return FolderDevice(Path(rest))
+    raise choices("device", name, list(KINDS))
+
+
+def there() -> list[Device]:
+    """The devices that need no name of the user's, available or not."""
+    from mobile_runtime.devices.processes import local
+
+    return [local()]
+
+
+KINDS = {
+    "local": "this machine, in a process of its own",
+    "folder:DIR": "results gathered by hand: DIR/job goes to the device, DIR/result comes back",
+}

@@ -1,0 +1,138 @@
+"""Validation on devices: a job for each, its result, and one report on all of them."""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mobile_runtime import devices
+from mobile_runtime.backends import default_backend
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.devices import DEFAULT_TIMEOUT_S, Device, Work
+from mobile_runtime.devices.folder import FolderDevice
+from mobile_runtime.errors import UserError
+from mobile_runtime.jobs import Job, Result, ResultError, make_job, open_job
+from mobile_runtime.judge import Judged, judge_result
+from mobile_runtime.report import DeviceRun, Report
+from mobile_runtime.runs import NoRun, Runtime
+from mobile_runtime.validate import report_of
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What devices are asked to run. backend: None takes the target's own."""
+
+    backend: str | None = None
+    options: dict[str, Any] | None = None
+    prompts: int | None = None
+    repeats: int = 10
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+
+def cache() -> Path:
+    """Where jobs and results of unfinished runs lie: `$POCKET_DIFFUSION_CACHE`/jobs."""
+    root = os.environ.get("POCKET_DIFFUSION_CACHE")
+    home = Path(root) if root else Path.home() / ".cache" / "pocket-diffusion"
+    return home / "jobs"
+
+
+def validate_on(
+    bundle: Bundle,
+    names: Sequence[str],
+    asked: Asked,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Run a bundle's golden cases on devices, one after the other, and judge what they give.
+
+    A device that cannot run, or stops on the way, is told in the report as not run; what it gave
+    is kept, and the next validation asks it for the rest. UserError for an unknown device.
+    """
+    chosen = [devices.find(name) for name in names]
+    backend = asked.backend or default_backend(bundle.manifest.target)
+    judged, ran = Judged(), list[DeviceRun]()
+    for device in chosen:
+        runtime = Runtime(
+            backend, bundle.manifest.arithmetic, asked.options or {}, device=device.name
+        )
+        found, facts = _on(bundle, device, runtime, asked, tell)
+        judged.add(found)
+        ran += [facts] if facts else []
+    return report_of(bundle, judged, ran)
+
+
+def _on(
+    bundle: Bundle, device: Device, runtime: Runtime, asked: Asked, tell: Callable[[str], None]
+) -> tuple[Judged, DeviceRun | None]:
+    by_hand = isinstance(device, FolderDevice)
+    folder = device.folder if isinstance(device, FolderDevice) else _place(bundle, runtime, asked)
+    job = _job(bundle, folder / "job", runtime, asked)
+    result = Result(folder / "result", job)
+    work = Work(bundle, folder / "job", result.folder, asked.timeout_s, tell)
+    obstacle = device.obstacle()
+    if obstacle:
+        why = NoRun("not_run", obstacle)
+        troubles = {task.name: why for task in job.tasks}
+    else:
+        troubles = device.run(work)
+    judged, facts = judge_result(bundle, result, runtime, troubles), _facts(device, result)
+    if not by_hand and not result.missing():
+        # The next validation measures anew.
+        shutil.rmtree(folder, ignore_errors=True)
+    return judged, facts
+
+
+def _place(bundle: Bundle, runtime: Runtime, asked: Asked) -> Path:
+    """A folder for this bundle, device and request: an unfinished run of the same is found."""
+    request = repr((runtime, asked.prompts, asked.repeats))
+    key = hashlib.sha256(f"{bundle.manifest_sha256} {request}".encode()).hexdigest()[:16]
+    words = re.sub(r"[^a-z0-9]+", "-", (runtime.device or "").lower()).strip("-")
+    return cache() / f"{words[:40]}-{key}"
+
+
+def _job(bundle: Bundle, folder: Path, runtime: Runtime, asked: Asked) -> Job:
+    """The job that lies there, or a new one."""
+    if folder.exists():
+        try:
+            job, _ = open_job(folder)
+        except UserError:
+            job = None
+        if job is not None and job.manifest_sha256 == bundle.manifest_sha256:
+            return job
+        raise UserError(
+            f"{folder} is damaged, or the job of another bundle; remove it, or choose another "
+            "folder"
+        )
+    total = len(bundle.manifest.golden.prompts)
+    prompts = range(total if asked.prompts is None else min(total, asked.prompts))
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    job = make_job(
+        bundle,
+        partial,
+        runtime.backend,
+        runtime.options,
+        prompts=prompts,
+        repeats=asked.repeats,
+    )
+    partial.rename(folder)
+    return job
+
+
+def _facts(device: Device, result: Result) -> DeviceRun | None:
+    try:
+        facts = result.device()
+    except ResultError:
+        return None
+    if facts is None:
+        return None
+    return DeviceRun(
+        name=device.name,
+        model=facts.device,
+        emulated=facts.emulated,
+        memory_bytes=facts.memory_bytes,
+        environment=facts.environment,
+    )
