@@ -6,7 +6,7 @@ pydantic, safetensors, and the runtime that the job names.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,12 @@ def run_job(
     *,
     only: Sequence[str] | None = None,
     emulated: bool = False,
+    tell: Callable[[Record], None] = lambda record: None,
 ) -> Result:
     """Run what a result folder lacks of a job. A task that fails is told in its record.
 
-    only: the tasks of these names. emulated: told in the result. Raises UserError where the bundle
-    is not the job's.
+    only: the tasks of these names. emulated: told in the result. tell: of each task when it is
+    done. Raises UserError where the bundle is not the job's.
     """
     job, inputs = open_job(folder)
     if bundle.manifest_sha256 != job.manifest_sha256:
@@ -89,6 +90,7 @@ def run_job(
             **values,
         )
         result.write(record, tensors)
+        tell(record)
     return result
 
 
@@ -175,13 +177,16 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     bundle = Bundle.open(args.bundle)
-    result = run_job(args.job, bundle, args.output, only=args.only, emulated=args.emulated)
     worst = 0
-    for task in result.job.tasks:
-        record = result.record(task.name)
-        if record is not None:
-            print(f"{task.name}: {record.status}{f' ({record.reason})' if record.reason else ''}")
-            worst = max(worst, int(record.status != "done"))
+
+    def tell(record: Record) -> None:
+        nonlocal worst
+        why = f" ({record.reason})" if record.reason else ""
+        tqdm.write(f"{record.task}: {record.status}{why}")
+        sys.stdout.flush()
+        worst = max(worst, int(record.status != "done"))
+
+    run_job(args.job, bundle, args.output, only=args.only, emulated=args.emulated, tell=tell)
     return worst
 
 

@@ -1,6 +1,7 @@
 """Where a job folder runs. `python -m mobile_runtime devices` lists what is there.
 
     local           this machine, in a process of its own
+    ssh:HOST        a computer that ssh reaches
     folder:DIR      somebody else's: DIR/job goes to the device, its result comes back as DIR/result
 
 Every device brings a result folder as far as it can, and tells for each task that has no record
@@ -58,10 +59,13 @@ def find(name: str) -> Device:
     """A device by its name. UserError for an unknown kind, with those that there are."""
     from mobile_runtime.devices.folder import FolderDevice
     from mobile_runtime.devices.processes import local
+    from mobile_runtime.devices.ssh import SshDevice
 
     kind, colon, rest = name.partition(":")
     if kind == "local" and not colon:
         return local()
+    if kind == "ssh":
+        return SshDevice.named(rest)
     if kind == "folder":
         if not rest:
             raise UserError("the device folder needs a path; write folder:DIR")
@@ -78,5 +82,6 @@ def there() -> list[Device]:
 
 KINDS = {
     "local": "this machine, in a process of its own",
+    "ssh:HOST[,python=PATH]": "a computer that ssh reaches, say a Mac or an Arm board",
     "folder:DIR": "results gathered by hand: DIR/job goes to the device, DIR/result comes back",
 }

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mobile_runtime.devices import Troubles, Work
-from mobile_runtime.jobs import Result, open_job
+from mobile_runtime.devices.attempts import Fault, attempts
+from mobile_runtime.jobs import Result
 from mobile_runtime.runs import NoRun
 
 POLL_S = 0.1
@@ -42,24 +43,11 @@ class ProcessDevice:
 
     def run(self, work: Work) -> Troubles:
         """Run what is missing; a task that kills its process, or hangs, keeps no other from it."""
-        job, _ = open_job(work.job)
-        result, troubles = Result(work.result, job), Troubles()
         work.result.mkdir(parents=True, exist_ok=True)
-        while left := [name for name in result.missing() if name not in troubles]:
-            fault = self._process(work, result, left)
-            after = [name for name in result.missing() if name not in troubles]
-            if fault is None and not after:
-                break
-            # Tasks run in order, so it was the first of those that are left.
-            told = fault or NoRun("fail", f"{self.name} ended without a result for it")
-            troubles[after[0] if after else left[0]] = told
-            if fault is not None and after == left and not _began(work.result):
-                # Not even the first task was reached: the others fare no better.
-                troubles |= dict.fromkeys(after, told)
-        return troubles
+        return attempts(work, self.name, self._process)
 
-    def _process(self, work: Work, result: Result, tasks: Sequence[str]) -> NoRun | None:
-        """Run one process for these tasks; what went wrong, if anything."""
+    def _process(self, work: Work, result: Result, tasks: Sequence[str]) -> Fault | None:
+        """Run one process for these tasks."""
         code = Path(__file__).resolve().parents[2]
         path = os.pathsep.join(
             part for part in (str(code), os.environ.get("PYTHONPATH", "")) if part
@@ -84,13 +72,14 @@ class ProcessDevice:
             said = " ".join(log.read().split())[-SHOWN_LETTERS:]
         if hung:
             told = f"{self.name} gave no result for {work.timeout_s:g} s and was stopped"
-            return NoRun("fail", told)
+            return Fault(NoRun("fail", told))
         if process.returncode < 0:
             told = f"{self.name}: the process was ended by signal {-process.returncode}"
-            return NoRun("fail", told)
+            return Fault(NoRun("fail", told))
         # Code 1 says that a task failed, which its record tells.
         if process.returncode > 1 or (process.returncode and not result.has(tasks[0])):
-            return NoRun("not_run", f"{self.name} ended with code {process.returncode}: {said}")
+            told = f"{self.name} ended with code {process.returncode}: {said}"
+            return Fault(NoRun("not_run", told), for_all=not result.has(tasks[0]))
         return None
 
     def _wait(
@@ -108,10 +97,6 @@ class ProcessDevice:
             if time.monotonic() - heard > work.timeout_s:
                 return True
         return False
-
-
-def _began(result: Path) -> bool:
-    return (result / "device.json").is_file()
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

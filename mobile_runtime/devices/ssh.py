@@ -1,0 +1,264 @@
+"""A computer that ssh reaches: a Mac, an Arm board, a server.
+
+It needs a Python of 3.11 or later with this project's dependencies and the runtime that is asked
+for; the project's own code goes there with the job. What is sent lies below
+~/.cache/pocket-diffusion there: the code and the bundles stay for the next time. Each task's result
+is fetched as soon as it is done, so that a computer that vanishes takes nothing along.
+"""
+
+import hashlib
+import io
+import os
+import queue
+import shlex
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO
+
+from mobile_runtime.devices import Troubles, Work
+from mobile_runtime.devices.attempts import Fault, attempts
+from mobile_runtime.errors import UserError
+from mobile_runtime.jobs import DEVICE, Result, open_job
+from mobile_runtime.runs import NoRun
+
+COMMAND = "POCKET_DIFFUSION_SSH_COMMAND"
+"""Environment: another ssh, or options for it, as git has GIT_SSH_COMMAND."""
+PATIENCE = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+NEEDED = ("numpy", "pydantic", "safetensors", "tqdm", "regex")
+ROOT = ".cache/pocket-diffusion"
+CONNECTION_LOST = 255
+SHOWN_LETTERS = 300
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class SshDevice:
+    """host: as ssh takes it. python: the command there."""
+
+    host: str
+    python: str = "python3"
+
+    @classmethod
+    def named(cls, text: str) -> "SshDevice":
+        """HOST or HOST,python=PATH."""
+        host, *more = text.split(",")
+        options = dict(part.partition("=")[::2] for part in more)
+        python = options.pop("python", "python3")
+        if not host or host.startswith("-") or options or not python:
+            raise UserError(f"ssh:{text} names no computer; write ssh:HOST or ssh:HOST,python=PATH")
+        return cls(host, python)
+
+    @property
+    def name(self) -> str:
+        """As users name it."""
+        return f"ssh:{self.host}"
+
+    def obstacle(self) -> str | None:
+        """Whether it answers, and has what a job needs."""
+        if shutil.which(_ssh()[0]) is None:
+            return f"there is no {_ssh()[0]} here; install OpenSSH's client"
+        imports = f"import sys; assert sys.version_info >= (3, 11); import {', '.join(NEEDED)}"
+        try:
+            done = self._call(f"{shlex.quote(self.python)} -c {shlex.quote(imports)}", timeout_s=60)
+        except subprocess.TimeoutExpired:
+            return f"{self.host} does not answer"
+        if done.returncode == CONNECTION_LOST:
+            return f"{self.host} cannot be reached: {_said(done.stderr)}"
+        if done.returncode:
+            return (
+                f"{self.python} on {self.host} lacks something ({_said(done.stderr)}); there, run: "
+                f"{self.python} -m pip install {' '.join(NEEDED)} onnxruntime, or name another "
+                f"with ssh:{self.host},python=PATH"
+            )
+        return None
+
+    def run(self, work: Work) -> Troubles:
+        """Send what is not there yet, run it there, and fetch each task's result."""
+        work.result.mkdir(parents=True, exist_ok=True)
+        job, _ = open_job(work.job)
+        try:
+            work.tell(f"{self.name}: send the bundle")
+            self._send(_code(), self._code_there)
+            self._send(_tree(work.bundle.path), f"{ROOT}/bundles/{job.manifest_sha256}")
+            self._send(_tree(work.job), f"{ROOT}/jobs/{job.id}")
+            self._fetch(Result(work.result, job), [task.name for task in job.tasks])
+        except (_LostError, OSError, subprocess.TimeoutExpired) as error:
+            why = NoRun("not_run", f"{self.name}: {error}")
+            return dict.fromkeys(Result(work.result, job).missing(), why)
+        troubles = attempts(work, self.name, self._attempt)
+        if not Result(work.result, job).missing():
+            self._call(f"rm -rf {ROOT}/jobs/{job.id} {ROOT}/results/{job.id}")
+        return troubles
+
+    @cached_property
+    def _code_there(self) -> str:
+        digest = hashlib.sha256(b"".join(content for _, content in _code())).hexdigest()
+        return f"{ROOT}/code/{digest[:32]}"
+
+    def _attempt(self, work: Work, result: Result, tasks: Sequence[str]) -> Fault | None:
+        job = result.job
+        command = (
+            f"cd {ROOT} && PYTHONPATH=$HOME/{self._code_there} exec {shlex.quote(self.python)} "
+            f"-u -m mobile_runtime.job_runner jobs/{job.id} bundles/{job.manifest_sha256} "
+            f"--output results/{job.id} --only {' '.join(tasks)}"
+        )
+        process = subprocess.Popen(
+            [*_ssh(), *PATIENCE, *ALIVE, self.host, f'cd "$HOME" && {command}'],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert process.stdout is not None
+        lines = _lines(process.stdout)
+        heard, said = time.monotonic(), ""
+        try:
+            while (line := _next(lines)) is not None:
+                if line == "":
+                    if time.monotonic() - heard > work.timeout_s:
+                        told = f"{self.name} gave no result for {work.timeout_s:g} s"
+                        return Fault(NoRun("fail", told))
+                    continue
+                heard, said = time.monotonic(), f"{said} {line.strip()}"[-SHOWN_LETTERS:]
+                task = line.partition(":")[0]
+                if task in tasks:
+                    self._fetch(result, [task])
+                    work.tell(f"{self.name}: {task} is done")
+            code = process.wait()
+            if code not in (0, 1, CONNECTION_LOST):  # 1: a task failed, which its record tells
+                self._fetch(result, tasks)
+        except (_LostError, OSError, subprocess.TimeoutExpired) as error:
+            return Fault(NoRun("not_run", f"{self.name}: {error}"), for_all=True)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        if code == CONNECTION_LOST:
+            why = NoRun("not_run", f"{self.name}: the connection was lost:{said}")
+            return Fault(why, for_all=True)
+        if code > 128:
+            told = f"{self.name}: the process was ended by signal {code - 128}"
+            return Fault(NoRun("fail", told))
+        if code and not result.has(tasks[0]):
+            return Fault(NoRun("not_run", f"{self.name} ended with code {code}:{said}"), True)
+        return None
+
+    def _call(
+        self, command: str, data: IO[bytes] | None = None, timeout_s: float = 600
+    ) -> "subprocess.CompletedProcess[bytes]":
+        return subprocess.run(
+            [*_ssh(), *PATIENCE, *ALIVE, self.host, f'cd "$HOME" && {command}'],
+            stdin=data or subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def _send(self, files: Iterable[tuple[str, bytes]], to: str) -> None:
+        """Files as a folder there, whole or not at all, unless it is there already."""
+        if self._call(f"test -d {to}").returncode == 0:
+            return
+        partial = f"{to}.partial"
+        command = (
+            f"rm -rf {partial} && mkdir -p {partial} && tar -xf - -C {partial} && mv {partial} {to}"
+        )
+        with tempfile.TemporaryFile() as spool:
+            with tarfile.open(fileobj=spool, mode="w") as archive:
+                for name, content in files:
+                    entry = tarfile.TarInfo(name)
+                    entry.size, entry.mode = len(content), 0o644
+                    archive.addfile(entry, io.BytesIO(content))
+            spool.seek(0)
+            done = self._call(command, spool)
+        if done.returncode:
+            raise _LostError(f"what a job needs could not be sent: {_said(done.stderr)}")
+
+    def _fetch(self, result: Result, tasks: Sequence[str]) -> None:
+        """What is there of these tasks' results, each file whole; the records last."""
+        missing = set(result.missing()) & set(tasks)
+        names = [DEVICE, *(f"{name}.{end}" for name in missing for end in ("safetensors", "json"))]
+        there = f"{ROOT}/results/{result.job.id}"
+        command = (
+            f"test -d {there} || exit 0; cd {there} && "
+            f'set -- $(ls {" ".join(names)} 2>/dev/null); [ $# -eq 0 ] || tar -cf - "$@"'
+        )
+        done = self._call(command)
+        if done.returncode:
+            raise _LostError(f"the result could not be fetched: {_said(done.stderr)}")
+        if not done.stdout:
+            return
+        found = _unpacked(done.stdout, set(names))
+        for name in sorted(found, key=lambda name: name.endswith(".json")):
+            partial = result.folder / f".{name}.partial"
+            partial.write_bytes(found[name])
+            partial.replace(result.folder / name)
+
+
+class _LostError(Exception):
+    """The computer does not answer any more, or has no room."""
+
+
+def _ssh() -> list[str]:
+    return shlex.split(os.environ.get(COMMAND, "ssh"))
+
+
+def _said(output: bytes) -> str:
+    return " ".join(output.decode(errors="replace").split())[-SHOWN_LETTERS:] or "it says nothing"
+
+
+def _code() -> list[tuple[str, bytes]]:
+    """This package's modules."""
+    package = Path(__file__).resolve().parents[1]
+    return [
+        (str(path.relative_to(package.parent)), path.read_bytes())
+        for path in sorted(package.rglob("*.py"))
+    ]
+
+
+def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield str(path.relative_to(folder)), path.read_bytes()
+
+
+def _unpacked(data: bytes, wanted: set[str]) -> dict[str, bytes]:
+    """The regular files of a tar archive with these very names; all else is left."""
+    found = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            for entry in archive:
+                stream = archive.extractfile(entry) if entry.isfile() else None
+                if entry.name in wanted and stream is not None:
+                    found[entry.name] = stream.read()
+    except (tarfile.TarError, EOFError) as error:
+        raise _LostError(f"the result came back cut short: {error}") from error
+    return found
+
+
+def _lines(stream: IO[bytes]) -> "queue.Queue[str | None]":
+    """Lines as they come; None at the end."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in stream:
+            lines.put(line.decode(errors="replace"))
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def _next(lines: "queue.Queue[str | None]") -> str | None:
+    """The next line; an empty one where none came yet."""
+    try:
+        return lines.get(timeout=POLL_S)
+    except queue.Empty:
+        return ""
