@@ -6,7 +6,7 @@ component's name (`unet.down_blocks.0...`, `vae_decoder.decoder.conv_in`), which
 of a quantization plan.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from mobile_runtime.errors import UserError, choices
 from mobile_runtime.manifest import TensorSpec
 from recipes import measure
 from recipes.fold import FoldedUNet
+from recipes.int4_layers import Form
 from recipes.sources import check_resolution
 
 # Added to the scores of hidden positions. Finite in float16, and far enough below any score for
@@ -154,6 +155,30 @@ def count_macs(component: Component) -> int:
 def count_parameters(component: Component) -> int:
     """Weights of the component, each once; integers count where they took a weight's place."""
     return measure.count_parameters(component.module)
+
+
+def count_branches(component: Component, forms: Mapping[str, Form]) -> tuple[int, int]:
+    """Parameters, and multiply-adds of one call, of the float branches beside 4-bit layers.
+
+    forms: of the layers that are going to be 4 bits, by their paths in the component.
+    """
+    module, parameters, macs = measure.on_meta(component.module), 0, 0
+
+    def hook(rank: int) -> Callable[[Any, Any, torch.Tensor], None]:
+        def count(layer: Any, inputs: Any, out: torch.Tensor) -> None:
+            nonlocal parameters, macs
+            rows, columns = layer.weight.shape[0], layer.weight[0].numel()
+            parameters += rank * (rows + columns)
+            macs += out.numel() // rows * rank * (rows + columns)
+
+        return count
+
+    for path, layer in module.named_modules():
+        if path in forms:
+            layer.register_forward_hook(hook(forms[path].rank))
+    with torch.no_grad():
+        module(*(tensor.to("meta") for tensor in component.example_inputs().values()))
+    return parameters, macs
 
 
 def _example(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:

@@ -28,6 +28,7 @@ from mobile_runtime.manifest import (
     TokenizerFiles,
 )
 from mobile_runtime.pipeline import Pipeline
+from mobile_runtime.report import check_writable
 from mobile_runtime.tokenizer import ClipTokenizer
 from recipes import int4_layers, measure, stages
 from recipes.faults import RecipeError, collected
@@ -204,6 +205,7 @@ def _check_free(request: Request) -> None:
         )
     if saved.exists() or saved.is_symlink():
         raise UserError(f"{saved} already exists; choose another --save-pipeline")
+    check_writable(saved.absolute().parent, "--save-pipeline")
 
 
 def _open(recipe: Recipe, weights: bool) -> Source:
@@ -355,6 +357,12 @@ def dry_run(request: Request) -> str:
     if palettes:
         mixed = "; their bits are planned from measurements, so MB are at most"
         lines.append(f"palettes for {len(bits)} layers{mixed if palettes.mixed else ''}")
+    if training := [
+        f"{stage.name} ({stage.settings.iterations} steps)"
+        for stage in recipe.stages
+        if stages.STAGES[stage.name].trained and stage.settings.iterations
+    ]:
+        lines.append(f"trains, unless the result is kept from before: {', '.join(training)}")
     lines += [f"4 bits for {len(int4)} layers"] if int4 else []
     if any(stage.quantize and stage.quantize.keeps_weights for stage in recipe.stages):
         lines.append("layers that stay in float are chosen by measurements, so MB are at least")
@@ -372,6 +380,8 @@ def dry_run(request: Request) -> str:
             else:
                 size += parameter.numel() * (1 if layer in int8 else float_bytes)
         parameters, macs = components.count_parameters(component), components.count_macs(component)
+        more_parameters, more_macs = components.count_branches(component, int4)
+        parameters, macs = parameters + more_parameters, macs + more_macs
         layers = sum(layer.split(".")[0] == name for layer in int8)
         lines.append(f"{name:14}{parameters:16,}{macs / 1e9:14.2f}{layers:13}{size / 1e6:12.1f}")
         total += size

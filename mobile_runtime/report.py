@@ -169,8 +169,11 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
         ) from error
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be made in a folder, which need not exist yet."""
+def check_writable(folder: Path, option: str = "--output") -> None:
+    """Raise UserError unless files can be made in a folder, which need not exist yet.
+
+    option: what the sentence says to choose anew.
+    """
     try:
         places = (folder.absolute(), *folder.absolute().parents)
         # Trying is the only sure test: rights say nothing of a file system that takes no files.
@@ -179,7 +182,7 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise UserError(
             f"{folder} is no folder that can be written to ({error.strerror}); "
-            "choose another --output"
+            f"choose another {option}"
         ) from error
 
 

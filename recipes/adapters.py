@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mobile_runtime.errors import UserError
 from recipes.measure import share_structure, with_modules
+from recipes.paths import user_path
 from recipes.schema import Recipe
 from recipes.settings import AdaptersSettings, Lora
 from recipes.sources.hub import fetch
@@ -94,7 +95,7 @@ def run(pipeline: Any, settings: AdaptersSettings, work: Work) -> Outcome:
 
 def find(lora: Lora) -> Path:
     """The LoRA's file: named itself, in a folder, or downloaded; UserError where there is none."""
-    path = Path(lora.model).expanduser()
+    path = user_path(lora.model)
     if path.is_dir():
         return _in_folder(path, lora.weight_name)
     if path.is_file():

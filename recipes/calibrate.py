@@ -223,7 +223,8 @@ def run(
     for group in tqdm(groups, desc=told, unit=f"x{BATCH} pictures", delay=2, leave=False):
         words = [draw(np.random.default_rng([settings.seed, 31, k]), 1)[0] for k in group]
         for steps in recipe.schedule.every_steps:
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + group.start)
+            # A list: each picture has a generator of its own (diffusers' randn_tensor).
+            fresh: Any = [_generator(settings.seed, k, 33) for k in group]
             noise = torch.stack([_noise(settings.seed, k, shape) for k in group])
             latents = drawn.sample(
                 pipeline,
@@ -232,7 +233,7 @@ def run(
                 noise.to(pipeline.unet.device),
                 steps,
                 recipe.schedule.guidance_scale,
-                generator,
+                fresh,
             )
             for row in latents.split(1):
                 picture = vae.decode(row / vae.config.scaling_factor).sample
@@ -241,9 +242,12 @@ def run(
 
 
 def _noise(seed: int, number: int, shape: tuple[int, ...]) -> Tensor:
-    words = np.random.SeedSequence([seed, 32, number]).generate_state(2, np.uint32)
-    generator = torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=_generator(seed, number, 32))
+
+
+def _generator(seed: int, number: int, stream: int) -> torch.Generator:
+    words = np.random.SeedSequence([seed, stream, number]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
 def _scales(name: str, reads: Observer, gives: Observer, settings: CalibrationSettings) -> Static:
@@ -255,7 +259,9 @@ def _scales(name: str, reads: Observer, gives: Observer, settings: CalibrationSe
     scales = []
     for what, observer in (("read", reads), ("gave", gives)):
         finite = math.isfinite(observer.low) and math.isfinite(observer.high)
-        span = OBSERVERS[settings.observer](observer, settings) if finite else (math.nan, math.nan)
+        span: Range = (observer.low, observer.high)
+        if finite and observer.low < observer.high:
+            span = OBSERVERS[settings.observer](observer, settings)
         affine = Affine.covering(*span)
         if not affine.scale > 0:
             values = "nothing but zeros" if finite else "values that are not finite"

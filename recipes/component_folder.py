@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mobile_runtime.bundle import open_to_others
 from mobile_runtime.errors import UserError
@@ -39,12 +40,23 @@ def load(folder: Path) -> Any:
         if kind is None or name not in MODELS:
             raise UserError(f"{folder} holds a {name}, which is none of: {', '.join(MODELS)}")
         if (folder / widths.FILE).is_file():
-            return widths.open_unet(folder, sorted(folder.glob("*.safetensors")))
-        module: Any = kind
-        loaded = module.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
+            loaded, lacking = widths.open_unet(folder, sorted(folder.glob("*.safetensors"))), []
+        else:
+            module: Any = kind
+            loaded, report = module.from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            lacking = sorted(report["missing_keys"])
+        if lacking:
+            raise ValueError(f"it lacks {len(lacking)} tensors, {lacking[0]} first")
+        for key, tensor in loaded.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ValueError(f"{key} holds NaN or Inf")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"{folder} cannot be read ({error}); if it is a kept result, delete it"
         ) from error

@@ -19,6 +19,7 @@ from mobile_runtime.errors import UserError
 from mobile_runtime.parity import picture_psnr_db
 from recipes import drawn, prompts
 from recipes.measure import latent_size, share_structure, vae_factor, with_modules
+from recipes.schedulers import choose_scheduler
 from recipes.schema import Recipe
 from recipes.settings import DecoderSettings
 from recipes.sources.tiny_autoencoder import open_tiny
@@ -149,8 +150,9 @@ class _Lesson:
         """Latents (count, C, h, w) that the pipeline draws by the recipe's schedule."""
         recipe = self.work.recipe
         with accelerator().main_process_first():
+            scheduler = choose_scheduler(self.pipeline.scheduler, recipe.schedule.scheduler)
             _, latents = drawn.draw(
-                self.pipeline,
+                with_modules(self.pipeline, {"scheduler": scheduler}),
                 prompts.drawer(self.settings.prompts, recipe),
                 count,
                 latent_size(self.pipeline, recipe.height, recipe.width),

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from mobile_runtime.errors import UserError
+from mobile_runtime.report import check_writable
 from recipes import drawn, low_rank, prompts, widths
 from recipes.losses import (
     Denoise,
@@ -114,7 +115,12 @@ def run(pipeline: Any, settings: DistillSettings, work: Work) -> Outcome:
         "lcm": training.by_consistency,
         "output": training.by_output,
     }
-    student = methods[settings.method]()
+    try:
+        student = methods[settings.method]()
+    finally:
+        # Where the next stage looks for them.
+        training.pipeline.to("cpu")
+        pipeline.to("cpu")
     lora = {}
     if settings.lora_rank is not None:
         if accelerator().is_main_process:
@@ -311,6 +317,7 @@ def main(argv: list[str]) -> int:
     recipe = schema.load(arguments.recipe, overrides.from_arguments(arguments))
     if arguments.output.exists():
         raise UserError(f"{arguments.output} already exists; choose another --output")
+    check_writable(arguments.output.absolute().parent)
     source = recipe.source
     stages.check(open_source(source.model, source.revision, weights=False).pipeline, recipe)
     pipeline = open_source(source.model, source.revision).pipeline

@@ -4,7 +4,10 @@ EdgeFusion found synthetic pictures better than scraped ones for small students;
 is to learn is what its teacher draws.
 """
 
+import contextlib
 import json
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,26 @@ def pictures(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
     return scaled.permute(0, 2, 3, 1).cpu().numpy()
 
 
+@contextlib.contextmanager
+def told_if_damaged(path: Path) -> Iterator[None]:
+    """Turn whatever an unreadable file of a stopped training raises into one sentence."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}); delete it, and what it held is made again"
+        ) from error
+
+
 def draw(
     pipeline: Any,
     prompts: Draw,
@@ -119,9 +142,15 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "drawn.json"
     mine = {"key": key, "seed": seed, "steps": steps, "scale": scale, "size": list(size)}
-    if note.exists() and json.loads(note.read_text()) != mine:
-        raise UserError(f"{folder} holds pictures of another training; delete it")
-    note.write_text(json.dumps(mine))
+    if note.exists():
+        with told_if_damaged(note):
+            found = json.loads(note.read_text())
+        if found != mine:
+            raise UserError(f"{folder} holds pictures of another training; delete it")
+    else:
+        partial = note.with_suffix(".partial")
+        partial.write_text(json.dumps(mine))
+        partial.replace(note)
     channels = pipeline.unet.config.in_channels
     said: list[str] = []
     drawn: list[torch.Tensor] = []
@@ -131,7 +160,10 @@ def draw(
             words = prompts(np.random.default_rng([seed, 21, start]), n)
             path = folder / f"drawn-{start:06d}.pt"
             if path.exists():
-                latents = torch.load(path, map_location="cpu", weights_only=True)
+                with told_if_damaged(path):
+                    latents = torch.load(path, map_location="cpu", weights_only=True)
+                    if latents.shape != (n, channels, *size):
+                        raise ValueError(f"it holds {tuple(latents.shape)}")
             else:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
                 noise = torch.randn(n, channels, *size, generator=generator)

@@ -22,15 +22,19 @@ import torch
 
 from mobile_runtime.errors import UserError, run_cli
 from mobile_runtime.pictures import sheet_scale, write_png
+from mobile_runtime.report import check_writable
 from recipes import overrides, prompts, schema, stages
 from recipes.evaluation import SHOWN, Evaluation, Judges, reference_schedule
 from recipes.evaluation_table import as_table, stage_sheet
+from recipes.faults import collected
 from recipes.features import Features, Folder, Network, open_clip, open_network
+from recipes.paths import user_path
 from recipes.pocket.evaluate import held_out_scenes
 from recipes.pocket.scenes import Scene
 from recipes.schedulers import choose_scheduler, with_steps
 from recipes.schema import Recipe, SchedulerName
 from recipes.sources import check_resolution, open_source
+from recipes.work import default_cache
 
 
 def main(argv: list[str]) -> int:
@@ -51,6 +55,8 @@ def main(argv: list[str]) -> int:
     check_resolution(outline, recipe.height, recipe.width)
     with_steps(choose_scheduler(outline.scheduler, schedule.scheduler), schedule.steps)
     stages.check(outline, recipe)
+    if any(stages.STAGES[stage.name].trained for stage in recipe.stages):
+        check_writable(default_cache(), "POCKET_DIFFUSION_CACHE")
     judges = _judges(arguments, chosen, scenes, wanted)
     source = open_source(model, revision)
     head = {
@@ -136,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--json", type=Path, metavar="FILE", help="everything, after each stage")
     group.add_argument("--sheet", type=Path, metavar="FILE.png", help="a row of pictures a stage")
     group.add_argument("--save-pictures", type=Path, metavar="FOLDER", help="a new folder")
+    group.add_argument("--force", action="store_true", help="replace a file that exists")
     return parser
 
 
@@ -168,6 +175,11 @@ def _check(arguments: argparse.Namespace, recipe: Recipe) -> None:
             faults.append(f"{option}: {path} already exists; choose another folder")
         elif path.is_dir():
             faults.append(f"{option}: {path} is a folder; name a file")
+        elif path.exists() and not arguments.force:
+            faults.append(f"{option}: {path} already exists; choose another, or add --force")
+        else:
+            with collected(faults):
+                check_writable(path.absolute().parent, option)
     if arguments.sheet and arguments.sheet.suffix.lower() != ".png":
         faults.append(f"--sheet: {arguments.sheet} should end in .png")
     if faults:
@@ -179,7 +191,7 @@ def _prompts(
 ) -> tuple[list[str], list[Scene] | None, str]:
     """The prompts, their scenes where a judge can tell them, and where they are from."""
     if arguments.prompts is not None:
-        found = prompts.read(arguments.prompts.expanduser())[: arguments.captions]
+        found = prompts.read(user_path(str(arguments.prompts)))[: arguments.captions]
         return found, None, arguments.prompts.name
     if recipe.source.model == "embedded":
         cases = held_out_scenes(arguments.captions, arguments.seed, arguments.pairs)

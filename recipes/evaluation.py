@@ -73,7 +73,8 @@ def reference_schedule(
     """The schedule that the pipeline draws with before any stage; None: the recipe's.
 
     Where the recipe distills, its schedule is the student's: the reference then has the guidance
-    that is folded in, and 25 steps, or with method output as many as the student.
+    that is folded in, and 25 steps, or with method output as many as the student. LCM's scheduler
+    without a distillation is for a LoRA: the reference then has 25 steps with guidance.
     """
     given = {"steps": steps, "guidance_scale": guidance, "scheduler": scheduler}
     chosen: dict[str, Any] = recipe.schedule.model_dump(exclude={"other_steps"})
@@ -83,6 +84,9 @@ def reference_schedule(
         chosen["guidance_scale"] = max(scale) if isinstance(scale, tuple) else scale
         own = students[0].steps if students[0].method == "output" else Schedule().steps
         chosen["steps"] = own
+    elif recipe.schedule.scheduler == "lcm":
+        # A LoRA in the recipe makes it draw so; without it the pipeline draws as others do.
+        chosen |= Schedule().model_dump(include={"scheduler", "steps", "guidance_scale"})
     return Schedule(**chosen | {key: value for key, value in given.items() if value is not None})
 
 
@@ -90,7 +94,8 @@ def schedule_after(recipe: Recipe, index: int, reference: Schedule) -> Schedule:
     """The schedule to draw with once the stages up to index have run."""
     students = [stage.distill for stage in recipe.stages if stage.distill]
     if not students:
-        return recipe.schedule
+        own = index >= 0 or recipe.schedule.scheduler != "lcm"
+        return recipe.schedule if own else reference
     so_far = [stage.distill for stage in recipe.stages[: index + 1] if stage.distill]
     if not so_far:
         return reference

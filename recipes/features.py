@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mobile_runtime.bundle import sha256
 from mobile_runtime.errors import UserError, missing_backend
+from recipes.paths import user_path
 from recipes.sources.diffusers_folder import check_safetensors
 from recipes.sources.hub import fetch
 
@@ -84,7 +85,7 @@ def open_clip(named: str) -> Clip:
 
     It is tried on one picture and one text. Raises UserError with one sentence.
     """
-    path = Path(named).expanduser()
+    path = user_path(named)
     if path.exists() or named.startswith(("/", "./", "../", "~")) or named.count("/") != 1:
         if not path.is_dir():
             raise UserError(f"--clip: {named!r} is no folder and no hub id (owner/name)")

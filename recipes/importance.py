@@ -66,11 +66,14 @@ def taylor(
     pipeline.to(accelerator().device)
     said = prompts.drawer(settings.prompts, recipe)(np.random.default_rng(0), settings.samples)
     channels, size = unet.config.in_channels, latent_size(pipeline, recipe.height, recipe.width)
-    steps = min(schedule.steps, DRAW_STEPS)
-    for number, prompt in enumerate(tqdm(said, desc="importance", mininterval=2, leave=False)):
-        generator = torch.Generator().manual_seed(number)
-        noise = torch.randn(1, channels, *size, generator=generator).to(watched.unet.device)
-        drawn.sample(pipeline, watched, [prompt], noise, steps, schedule.guidance_scale, generator)
+    steps, scale = min(schedule.steps, DRAW_STEPS), schedule.guidance_scale
+    try:
+        for number, prompt in enumerate(tqdm(said, desc="importance", mininterval=2, leave=False)):
+            generator = torch.Generator().manual_seed(number)
+            noise = torch.randn(1, channels, *size, generator=generator).to(watched.unet.device)
+            drawn.sample(pipeline, watched, [prompt], noise, steps, scale, generator)
+    finally:
+        pipeline.to("cpu")
     return watched.mean()
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from mobile_runtime.errors import UserError
+from recipes.paths import user_path
 from recipes.schema import Recipe
 
+MOST_BYTES = 50_000_000
 DEFAULT = Path(__file__).parent / "prompts.txt"
 PAIR_SHARE = 0.3
 """Of the embedded model's captions, those of two objects."""
@@ -20,12 +22,22 @@ def read(path: Path) -> list[str]:
 
     Raises UserError where there is no such file, or no prompt in it.
     """
-    if not path.is_file():
-        raise UserError(f"there is no prompt file {path}; give one with a prompt a line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        if not path.is_file():
+            raise UserError(f"there is no prompt file {path}; give one with a prompt a line")
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(
+                f"the prompt file {path} has more than {MOST_BYTES / 1e6:.0f} MB; give fewer"
+            )
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the prompt file {path} cannot be read: {error}") from None
+    lines = [line.strip() for line in text.splitlines()]
+    for number, line in enumerate(lines, 1):
+        if any(ord(letter) < 32 and letter != "\t" for letter in line):
+            raise UserError(
+                f"the prompt file {path} has a control character in line {number}; give plain text"
+            )
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise UserError(f"the prompt file {path} holds no prompt; give a prompt a line")
@@ -35,7 +47,7 @@ def read(path: Path) -> list[str]:
 def check(named: str | None) -> None:
     """Refuse a prompt file that cannot be used."""
     if named is not None:
-        read(Path(named).expanduser())
+        read(user_path(named))
 
 
 def default_of(recipe: Recipe) -> str:
@@ -53,7 +65,7 @@ def drawer(named: str | None, recipe: Recipe) -> Draw:
     """
     if named is None and recipe.source.model == "embedded":
         return _captions
-    prompts = read(DEFAULT if named is None else Path(named).expanduser())
+    prompts = read(DEFAULT if named is None else user_path(named))
     return lambda rng, n: [prompts[index] for index in rng.integers(len(prompts), size=n)]
 
 

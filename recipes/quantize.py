@@ -14,7 +14,7 @@ import difflib
 import fnmatch
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
 from recipes import calibrate, int4_layers, sensitivity
 from recipes.faults import collected
+from recipes.measure import measure
 from recipes.quantized_layers import (
     REPLACEMENTS,
     SkipConv2d,
@@ -337,6 +338,7 @@ def _calibrated(
         for name in settings.components
     }
     layers = quantizable_layers(pipeline, settings.components)
+    calls = measure(pipeline, recipe.height, recipe.width, guided=False)
     static = [plan.layer for plan in plans if plan.activations == "int8_static"]
     calibration, keep = settings.calibration, settings.keep
     if keep and not static:
@@ -353,7 +355,11 @@ def _calibrated(
     )
     snr_db: dict[str, float] = {}
     if keep:
-        own = {plan.layer: plan for plan in plans if plan.weights != "float32"}
+        own = {
+            plan.layer: plan
+            for plan in plans
+            if plan.weights != "float32" and not _is_ruled(plan.layer, settings)
+        }
         if not settings.keeps_weights:
             own = {path: plan for path, plan in own.items() if path in found.static}
         parents = dict(_parents(pipeline, settings.components))
@@ -385,12 +391,39 @@ def _calibrated(
                 "steps": list(recipe.schedule.every_steps),
                 "observer": calibration.observer,
             },
-            "int8_macs": {
+            "int8_macs_of_layers": {
                 name: round(sensitivity.share(found.macs, name, scales), 4) for name in modules
             },
+            "int8_macs": _of_all_macs(found.macs, scales, calls),
             "layers_int8_static": len(scales),
         }
     return plans, scales, record
+
+
+def _is_ruled(layer: str, settings: QuantizeSettings) -> bool:
+    """Whether a rule names a layer, or the one that it is a half of."""
+    return any(
+        fnmatch.fnmatchcase(name, rule.layers)
+        for rule in settings.rules
+        for name in (layer, layer.rpartition(".")[0])
+    )
+
+
+def _of_all_macs(
+    macs: Mapping[str, int],
+    static: Collection[str],
+    components: Mapping[str, Mapping[str, int]],
+) -> dict[str, float]:
+    """The share of all multiply-adds that is in integers, attention's two products included.
+
+    Those are no layers, and stay in float on every target. macs: of each layer. components: as
+    `measure` has them.
+    """
+    shares = {}
+    for name, figures in components.items():
+        mine = sum(macs[layer] for layer in static if layer.split(".")[0] == name)
+        shares[name] = round(mine / figures["macs"], 4)
+    return shares
 
 
 def _with_scales(plan: LayerPlan, static: dict[str, Static]) -> LayerPlan:

@@ -433,6 +433,9 @@ def _override(data: dict[str, Any], dotted: str, value: Any) -> str | None:
             elif len(keyed) == 1 and not last:
                 here, place = here[keyed[0]], part
             else:
+                if keyed:
+                    ways = " or ".join(".".join([*parts[:depth], str(i)]) for i in keyed)
+                    return f"{dotted}: the list has {part} {len(keyed)} times; name one, as {ways}"
                 known = [str(key) for item in here if isinstance(item, dict) for key in item]
                 return f"{dotted}: the list has no entry {part!r}" + did_you_mean(part, known)
         elif not isinstance(here, dict):

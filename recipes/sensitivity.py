@@ -107,8 +107,8 @@ def kept(
 ) -> list[LayerPlan]:
     """The plan after a budget: float where it says so, each with its figure.
 
-    snr_db: of the layers that were measured. macs: of every convolution and linear. sizes: of
-    every layer of the plan, for a budget of bytes. What a rule decided is not asked.
+    snr_db: of the layers that may stay in float. macs: of every convolution and linear. sizes: of
+    every layer of the plan, for a budget of bytes.
     """
     if settings.min_snr_db is not None:
         reasons = {

@@ -184,7 +184,7 @@ class DistillSettings(TrainingSettings):
     )
     draw_steps: int = Field(default=25, ge=1, le=1000, description="the steps it draws them in")
     feature_weight: float = Field(
-        default=0.0, ge=0, description="of the block outputs' loss beside the output's (BK-SDM)"
+        default=0.0, ge=0, description="output: of the blocks' loss beside the output's (BK-SDM)"
     )
     lora_rank: int | None = Field(
         default=None,
@@ -207,6 +207,8 @@ class DistillSettings(TrainingSettings):
                     f"teacher_steps: {self.halve_from} cannot be halved to {self.steps}; give "
                     f"{2 * self.steps}, {4 * self.steps}, {8 * self.steps}, ..."
                 )
+        if self.method != "output" and self.feature_weight:
+            found.append(f"feature_weight: goes with method output, and this is {self.method}")
         if self.method == "output" and self.teacher_steps is not None:
             found.append("teacher_steps: method output has a teacher of as many steps; remove it")
         return found
@@ -344,7 +346,8 @@ class KeepSettings(Strict):
         default=None,
         gt=0,
         le=1,
-        description="as many as leave this share of each component's multiply-adds in INT8",
+        description="as many as leave INT8 this share of the multiply-adds that each component's "
+        "convolutions and linears have",
     )
     bytes: float | None = Field(
         default=None,

@@ -179,8 +179,13 @@ def apply(
             continue
         with done.work(stage, functions.trained, teacher) as work:
             outcome = work.found(applied.pipeline) or work.keep(
-                functions.run(applied.pipeline, stage.settings, work)
+                functions.run(applied.pipeline, stage.settings, work), applied.records
             )
+        for place, told in enumerate(outcome.earlier):
+            # A stage that was skipped did the same when this result was made.
+            if applied.records[place].get("trained") == SUPERSEDED:
+                applied.records[place] = {**told, "trained": SUPERSEDED}
+                before = told.get("after", before)
         applied.pipeline = outcome.pipeline
         applied.plans += outcome.plans
         after = _measure(outcome.pipeline, recipe)

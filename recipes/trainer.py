@@ -7,7 +7,6 @@ an uninterrupted one does. Weights that are not trained are held once, and are i
 """
 
 import csv
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,7 +19,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 from tqdm import tqdm
 
-from mobile_runtime.errors import UserError, missing_backend
+from mobile_runtime.errors import UserError
+from recipes.drawn import told_if_damaged
 from recipes.measure import share_structure
 from recipes.settings import TrainingSettings
 
@@ -104,8 +104,6 @@ def train(job: Job) -> Any:
     settings ask for no average), in eval mode on the CPU. Raises UserError for a checkpoint of
     another training and for a loss that is not finite.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise missing_backend("matplotlib", "train", "training")
     settings, where = job.settings, accelerator()
     module = job.module.train().to(where.device)
     weights = [tensor for name, tensor in module.named_parameters() if job.trainable(name)]
@@ -166,7 +164,7 @@ def train(job: Job) -> Any:
                 history.append((done, smooth))
             if end or done % settings.save_every == 0 or done % settings.watch_every == 0:
                 _save(job, module, optimizer, average, done, history)
-            if job.watch and (end or done % settings.watch_every == 0):
+            if end or done % settings.watch_every == 0:
                 _show(job, average.eval(), done, history)
     where.wait_for_everyone()
     module.zero_grad(set_to_none=True)
@@ -218,15 +216,22 @@ def _resume(
     path = _checkpoint(job)
     if not path.exists():
         return 0, []
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    with told_if_damaged(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("key") != job.key:
         raise UserError(
             f"{path} is a checkpoint of another training; delete it, or name another folder"
         )
-    _fill(_trained(job, module), state["module"])
-    optimizer.load_state_dict(state["optimizer"])
-    _fill(_trained(job, average), state["average"])
-    return state["step"], [(step, loss) for step, loss in state["history"]]
+    if state.get("processes") != accelerator().num_processes:
+        raise UserError(
+            f"{path} was trained by {state.get('processes')} processes, and there are "
+            f"{accelerator().num_processes}; start as many, or delete it to begin anew"
+        )
+    with told_if_damaged(path):
+        _fill(_trained(job, module), state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        _fill(_trained(job, average), state["average"])
+        return state["step"], [(step, loss) for step, loss in state["history"]]
 
 
 def _save(
@@ -240,6 +245,7 @@ def _save(
     """Write the checkpoint whole or not at all."""
     state = {
         "key": job.key,
+        "processes": accelerator().num_processes,
         "module": _trained(job, module),
         "optimizer": optimizer.state_dict(),
         "average": _trained(job, average),
@@ -253,12 +259,12 @@ def _save(
 
 
 def _show(job: Job, average: nn.Module, step: int, history: list[tuple[int, float]]) -> None:
-    """Keep the watched pictures, and the loss as a table and as a curve."""
+    """Keep the watched pictures, if any, and the loss as a table and as a curve."""
     from matplotlib.figure import Figure
     from PIL import Image
 
-    assert job.watch is not None
-    Image.fromarray(job.watch(average)).save(job.folder / f"{job.name}-{step:06d}.png")
+    if job.watch is not None:
+        Image.fromarray(job.watch(average)).save(job.folder / f"{job.name}-{step:06d}.png")
     with (job.folder / f"{job.name}-loss.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("step", "loss"), *history])
     figure = Figure(figsize=(6, 4), layout="constrained")

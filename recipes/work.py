@@ -9,6 +9,8 @@ the same form (`SHIPPED`).
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -19,10 +21,11 @@ from typing import Any
 
 import torch
 
-from mobile_runtime.errors import UserError
+from mobile_runtime.errors import UserError, missing_backend
 from mobile_runtime.manifest import LayerPlan
 from recipes import component_folder, prompts
-from recipes.measure import COMPONENTS, with_modules
+from recipes.measure import with_modules
+from recipes.paths import user_path
 from recipes.schema import PRESERVING, Recipe, Stage
 
 SHIPPED = Path(__file__).parent / "pocket" / "trained"
@@ -57,6 +60,8 @@ class Outcome:
     pipeline: Any
     plans: list[LayerPlan] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+    earlier: tuple[dict[str, Any], ...] = ()
+    """Of a kept result: the records of the stages before it, as they were when it was made."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,14 @@ class Work:
                 return Outcome(
                     with_modules(pipeline, modules),
                     record={**kept["record"], "trained": f"earlier, found in {found_in}"},
+                    earlier=tuple(kept.get("earlier", ())),
                 )
         return None
 
-    def keep(self, outcome: Outcome) -> Outcome:
+    def keep(self, outcome: Outcome, earlier: Sequence[dict[str, Any]]) -> Outcome:
         """Keep the result of a training, with the pictures, curves and LoRA that it left.
 
-        What only served to resume it is deleted.
+        earlier: the records of the stages before it. What only served to resume it is deleted.
         """
         if self.kept is None or not _is_main_process():
             return outcome
@@ -110,7 +116,7 @@ class Work:
         for left in self.folder.iterdir():
             if left.suffix in LEFT:
                 shutil.copy2(left, fresh / TRAINING / left.name)
-        record = {"key": self.key, "record": outcome.record}
+        record = {"key": self.key, "record": outcome.record, "earlier": list(earlier)}
         (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         # Without its record, what lies there is no result.
         shutil.rmtree(self.kept, ignore_errors=True)
@@ -189,6 +195,8 @@ class Done:
         if not _is_main_process():
             yield work
             return
+        if importlib.util.find_spec("matplotlib") is None:
+            raise missing_backend("matplotlib", "train", "training")
         with _alone(folder):
             yield work
         shutil.rmtree(folder, ignore_errors=True)
@@ -238,16 +246,6 @@ _TELLING = {
     "text_encoder": ("hidden_act", "num_attention_heads"),
     "unet": ("attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_num_groups"),
     "vae": ("scaling_factor", "norm_num_groups"),
-    "scheduler": (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-        "rescale_betas_zero_snr",
-        "timestep_spacing",
-    ),
 }
 
 
@@ -258,10 +256,26 @@ def fingerprint(pipeline: Any) -> str:
         part = getattr(pipeline, name)
         told = {key: repr(getattr(part.config, key, None)) for key in keys}
         digest.update(json.dumps([type(part).__name__, told]).encode())
-        for key, tensor in part.state_dict().items() if name in COMPONENTS else ():
+        for key, tensor in part.state_dict().items():
             digest.update(f"{name}.{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    scheduler, tokenizer = pipeline.scheduler, pipeline.tokenizer
+    others = [
+        [type(scheduler).__name__, _chosen(scheduler)],
+        [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length],
+    ]
+    digest.update(json.dumps(others, sort_keys=True, default=repr).encode())
     return digest.hexdigest()
+
+
+def _chosen(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's settings that are not its class's own, so that new ones change no key."""
+    own = inspect.signature(type(scheduler).__init__).parameters
+    return {
+        key: value
+        for key, value in scheduler.config.items()
+        if key in own and value != own[key].default
+    }
 
 
 def _contents(settings: Any) -> Any:
@@ -277,7 +291,7 @@ def _contents(settings: Any) -> Any:
 
 
 def _digest(named: str) -> str:
-    path = Path(named).expanduser()
+    path = user_path(named)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not path.exists():
         return named

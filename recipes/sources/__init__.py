@@ -11,6 +11,7 @@ from typing import Any
 
 from mobile_runtime.bundle import sha256
 from mobile_runtime.errors import UserError, choices
+from recipes.paths import user_path
 from recipes.schema import RANDOM_ARCHITECTURES
 from recipes.sources.architectures import (
     ARCHITECTURES,
@@ -53,7 +54,7 @@ def open_source(model: str, revision: str | None = None, *, weights: bool = True
             "address and give OWNER/NAME alone; anything else download first, and give the folder "
             "or the .safetensors file"
         )
-    path = Path(model).expanduser()
+    path = user_path(model)
     # A hub id is two plain words; everything else that has a slash or exists is a path.
     looks_like_path = (
         path.exists() or model.startswith(("/", "./", "../", "~")) or model.count("/") > 1

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_runtime.errors import UserError
+from recipes.paths import user_path
 from recipes.sources.diffusers_folder import (
     check_finite,
     check_safetensors,
@@ -30,7 +31,7 @@ def open_tiny(model: str, revision: str | None = None, *, weights: bool = True) 
     model: the folder that holds its config.json and safetensors, or a hub id. weights: False gives
     it on the meta device and downloads no weights. Raises UserError with one sentence.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.exists() or model.startswith(("/", "./", "../", "~")) or model.count("/") != 1:
         if revision is not None:
             raise UserError(f"revision goes with a hub id, and {model} is none; remove it")

@@ -93,7 +93,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         shown = ", ".join(
             f"{key.replace('_', ' ')} {_said(value)}" for key, value in figures.items()
         )
-        verdict = "; ".join(row["faults"]) or ("skipped" if "skipped" in figures else "yes")
+        verdict = "; ".join(row["faults"]) or "yes"
         lines.append(
             f"| {row['row']} | {ROWS[row['row']].what} | {row['resolution']} "
             f"| {row['seconds'] / 60:.1f} | {row['peak_bytes'] / 1e9:.1f} | {step} | {shown} "

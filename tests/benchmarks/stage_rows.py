@@ -33,7 +33,6 @@ from recipes import drawn, schema, stages
 from recipes.losses import snr_db
 from recipes.measure import count_parameters, latent_size
 from recipes.schema import Recipe
-from recipes.settings import DistillSettings, PruneSettings
 from recipes.sources import open_source
 
 REAL = "random:sd_turbo"
@@ -102,8 +101,6 @@ def prune(run: Run) -> Figures:
 
 def channels(run: Run) -> Figures:
     """Inner widths, by Taylor importance over two pictures, to 40 % fewer multiply-adds."""
-    if "channels" not in PruneSettings.model_fields:
-        return {"skipped": "this version prunes no channels"}
     settings = {"macs": 0.4, "importance": "taylor", "samples": 2}
     applied = run.apply(run.open(), run.recipe({"prune": {"channels": settings}}))
     before, after = (applied.records[0][key]["unet"] for key in ("before", "after"))
@@ -272,15 +269,11 @@ def lcm(run: Run) -> Figures:
 
 def lcm_lora(run: Run) -> Figures:
     """Latent consistency into a LoRA of rank 64 on the whole UNet."""
-    if "lora_rank" not in DistillSettings.model_fields:
-        return {"skipped": "this version trains no LoRA"}
     return _few_steps(run, method="lcm", guidance=[5.0, 15.0], lora_rank=64, learning_rate=1e-4)
 
 
 def finetune(run: Run) -> Figures:
     """Fine-tuning of BK-Tiny in the rounding of INT8 weights."""
-    if "finetune" not in schema.Stage.model_fields:
-        return {"skipped": "this version has no stage finetune"}
     recipe = run.recipe(
         {"prune": {"blocks": "bk_tiny"}}, {"finetune": _training(run)}, {"quantize": {}}
     )
