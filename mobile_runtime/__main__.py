@@ -66,7 +66,12 @@ def main(argv: list[str]) -> int:
     validate.add_arguments(
         add("validate", "check that a bundle computes what it should", validate.run)
     )
-    add("devices", "list where bundles can be validated", list_devices)
+    devices_parser = add("devices", "list where bundles can be validated", list_devices)
+    devices_parser.add_argument(
+        "--setup",
+        choices=["arm64"],
+        help="fetch what it takes, some 100 MB",
+    )
     args = parser.parse_args(argv)
     return int(args.run(args))
 
@@ -279,6 +284,11 @@ def _guidance_scale(bundle: Bundle, args: argparse.Namespace) -> float:
 
 def list_devices(args: argparse.Namespace) -> int:
     """Print the devices that there are, and what keeps the others."""
+    if args.setup:
+        from mobile_runtime.devices.arm64 import set_up
+
+        set_up(lambda text: print(text, flush=True))
+        return 0
     for device in devices.there():
         obstacle = device.obstacle()
         print(f"{device.name:24} {f'not available: {obstacle}' if obstacle else 'ready'}")

@@ -1,6 +1,7 @@
 """Where a job folder runs. `python -m mobile_runtime devices` lists what is there.
 
     local           this machine, in a process of its own
+    arm64           an emulated Arm processor
     ssh:HOST        a computer that ssh reaches
     folder:DIR      somebody else's: DIR/job goes to the device, its result comes back as DIR/result
 
@@ -57,6 +58,7 @@ class Device(Protocol):
 
 def find(name: str) -> Device:
     """A device by its name. UserError for an unknown kind, with those that there are."""
+    from mobile_runtime.devices.arm64 import arm64
     from mobile_runtime.devices.folder import FolderDevice
     from mobile_runtime.devices.processes import local
     from mobile_runtime.devices.ssh import SshDevice
@@ -64,6 +66,8 @@ def find(name: str) -> Device:
     kind, colon, rest = name.partition(":")
     if kind == "local" and not colon:
         return local()
+    if kind == "arm64" and not colon:
+        return arm64()
     if kind == "ssh":
         return SshDevice.named(rest)
     if kind == "folder":
@@ -75,13 +79,15 @@ def find(name: str) -> Device:
 
 def there() -> list[Device]:
     """The devices that need no name of the user's, available or not."""
+    from mobile_runtime.devices.arm64 import arm64
     from mobile_runtime.devices.processes import local
 
-    return [local()]
+    return [local(), arm64()]
 
 
 KINDS = {
     "local": "this machine, in a process of its own",
+    "arm64": "an emulated Arm processor: are its INT8 kernels right? (--setup arm64 first)",
     "ssh:HOST[,python=PATH]": "a computer that ssh reaches, say a Mac or an Arm board",
     "folder:DIR": "results gathered by hand: DIR/job goes to the device, DIR/result comes back",
 }

@@ -49,9 +49,9 @@ class ProcessDevice:
     def _process(self, work: Work, result: Result, tasks: Sequence[str]) -> Fault | None:
         """Run one process for these tasks."""
         code = Path(__file__).resolve().parents[2]
-        path = os.pathsep.join(
-            part for part in (str(code), os.environ.get("PYTHONPATH", "")) if part
-        )
+        # An emulated Python has libraries of its own, and shares none with this one.
+        beside = self.environment.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+        path = os.pathsep.join(part for part in (str(code), beside) if part)
         command = [*self.python, "-m", "mobile_runtime.job_runner"]
         command += [str(work.job.absolute()), str(work.bundle.path.absolute())]
         command += ["--output", str(work.result.absolute()), "--only", *tasks]
@@ -62,7 +62,7 @@ class ProcessDevice:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": path, **self.environment},
+                env={**os.environ, **self.environment, "PYTHONPATH": path},
             )
             try:
                 hung = self._wait(process, work, result, tasks)
