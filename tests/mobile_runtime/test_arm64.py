@@ -1,4 +1,4 @@
-"""The emulated Arm processor: what it takes is fetched whole, and it computes what this one does."""
+"""The emulated Arm processor: what it takes is fetched whole, and it computes as this one does."""
 
 import hashlib
 import io

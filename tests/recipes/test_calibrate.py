@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
-from recipes import calibrate, schema, sensitivity, stages
+from recipes import calibrate, drawn, schema, sensitivity, stages
 from recipes.calibrate import Observer
 from recipes.faults import RecipeError
+from recipes.measure import measure
 from recipes.quantize import quantizable_layers
 from recipes.quantized_layers import (
     Affine,
@@ -176,6 +177,39 @@ def test_a_convolution_of_a_concat_is_the_sum_of_its_halves() -> None:
     torch.testing.assert_close(whole(x), conv(x))
 
 
+def multiply_adds(unet: Any) -> tuple[dict[str, int], int]:
+    """Of one call for one picture: of each convolution and linear, and of attention's products."""
+    from diffusers.models.attention_processor import Attention
+
+    layers: dict[str, int] = {}
+    products: list[int] = []
+
+    def of_layer(name: str) -> Any:
+        def count(layer: Any, args: Any, out: torch.Tensor) -> None:
+            each = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+            if isinstance(layer, nn.Conv2d):
+                each *= layer.kernel_size[0] * layer.kernel_size[1]
+            layers[name] = out.numel() * each
+
+        return count
+
+    def of_attention(layer: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+        queries = args[0].shape[1]
+        others = kwargs.get("encoder_hidden_states")
+        keys = queries if others is None else others.shape[1]
+        products.append(2 * queries * keys * layer.inner_dim)
+
+    for name, layer in unet.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(of_layer(name))
+        elif isinstance(layer, Attention):
+            layer.register_forward_hook(of_attention, with_kwargs=True)
+    with torch.no_grad():
+        unet(*inputs())
+    assert len(products) > 3
+    return layers, sum(products)
+
+
 @pytest.fixture(scope="module")
 def applied(prompts: Path) -> Any:
     asked = recipe(
@@ -220,6 +254,29 @@ class TestStage:
         assert set(record["int8_macs"]) == {"text_encoder", "unet", "vae_decoder"}
         assert 0 < record["int8_macs"]["unet"] < 1  # conv_in stays float
         assert record["calibration"] == {"pictures": 2, "steps": [2], "observer": "mse"}
+
+    def test_its_shares_are_of_all_multiply_adds_and_of_those_of_layers(self, applied: Any) -> None:
+        """Counted by hand; `measure` counts with torch."""
+        pipeline = make_small_pipeline()
+        layers, attention = multiply_adds(pipeline.unet)
+        figures = measure(pipeline, 16, 16, guided=False)["unet"]
+        assert sum(layers.values()) + attention == figures["macs"]
+        static = {
+            plan.layer.removeprefix("unet.").removesuffix(".hidden").removesuffix(".skip")
+            for plan in applied.plans
+            if plan.activations == "int8_static" and plan.layer.startswith("unet.")
+        }
+        whole = {
+            plan.layer.rpartition(".")[0]
+            for plan in applied.plans
+            if plan.layer.endswith((".hidden", ".skip")) and plan.activations == "none"
+        }
+        assert not whole
+        mine = sum(layers[name] for name in static)
+        (record,) = applied.records
+        assert record["int8_macs"]["unet"] == round(mine / figures["macs"], 4)
+        assert record["int8_macs_of_layers"]["unet"] == round(mine / sum(layers.values()), 4)
+        assert 0 < record["int8_macs"]["unet"] < record["int8_macs_of_layers"]["unet"] < 1
 
     def test_the_halves_of_a_skip_concat_have_their_own_scales(self, applied: Any) -> None:
         block = applied.pipeline.unet.up_blocks[0].resnets[0].conv_shortcut
@@ -277,6 +334,30 @@ def test_calibration_sees_every_timestep_of_the_schedule_and_both_prompts(prompt
     assert {batch for batch, _ in calls} == {6}  # three pictures, each with the empty prompt
 
 
+@pytest.mark.parametrize("scheduler", ["lcm", "euler_ancestral", "ddpm"])
+def test_a_pictures_noise_is_its_own_whatever_is_drawn_beside_it(
+    prompts: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a scheduler that adds noise at each step."""
+    schedule = {"steps": 2, "guidance_scale": 1.0, "scheduler": scheduler}
+    asked = recipe(prompts, schedule, calibration={"samples": 3})
+    settings = asked.stages[0].quantize
+    assert settings is not None
+    sample = drawn.sample
+
+    def latents(together: int) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        monkeypatch.setattr(calibrate, "BATCH", together)
+        monkeypatch.setattr(drawn, "sample", lambda *args: seen.append(sample(*args)) or seen[-1])
+        calibrate.run(make_small_pipeline(), asked, settings.calibration, range(3), "test")
+        assert len(seen) == -(-3 // together)
+        return torch.cat(seen)
+
+    alone = latents(1)
+    torch.testing.assert_close(latents(4), alone, rtol=1e-3, atol=1e-3)
+    assert not any(torch.allclose(alone[a], alone[b], atol=0.1) for a, b in ((0, 1), (1, 2)))
+
+
 def test_the_same_seed_gives_the_same_scales(prompts: Path) -> None:
     def plans(seed: int) -> list[LayerPlan]:
         asked = recipe(prompts, components=["text_encoder", "unet"], calibration={"seed": seed})
@@ -292,16 +373,20 @@ def test_a_layer_that_no_picture_reaches_is_named(prompts: Path) -> None:
         stages.apply(pipeline, recipe(prompts, components=["unet"]))
 
 
+@pytest.mark.parametrize("observer", sorted(calibrate.OBSERVERS))
 @pytest.mark.parametrize(
     ("bias", "told"),
     [(0.0, "conv_out gave nothing but zeros"), (float("inf"), "that are not finite")],
 )
-def test_a_scale_that_cannot_be_is_refused(prompts: Path, bias: float, told: str) -> None:
+def test_a_scale_that_cannot_be_is_refused(
+    prompts: Path, bias: float, told: str, observer: str
+) -> None:
     pipeline = make_small_pipeline()
     pipeline.unet.conv_out.weight.data.zero_()
     pipeline.unet.conv_out.bias.data[:] = bias
+    asked = recipe(prompts, components=["unet"], calibration={"observer": observer})
     with pytest.raises(UserError, match=f"{told}.* keep it in float"):
-        stages.apply(pipeline, recipe(prompts, components=["unet"]))
+        stages.apply(pipeline, asked)
 
 
 def test_an_empty_prompt_file_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -388,6 +473,63 @@ def test_a_threshold_keeps_weights_where_activations_are_float(prompts: Path) ->
     for plan in plans:
         by_weights[plan.weights].append(sensitivity_of(plan))
     assert max(by_weights["float32"]) < 55.0 <= min(by_weights["int8"])
+
+
+SHORTCUT = "unet.up_blocks.0.resnets.0.conv_shortcut"
+
+
+def rule(layers: str, activations: str = "int8_static") -> dict[str, str]:
+    return {"layers": layers, "weights": "int8", "activations": activations, "reason": "mine"}
+
+
+@pytest.mark.parametrize("activations", ["int8_static", "none"])
+def test_what_a_rule_names_stays_as_the_rule_says(prompts: Path, activations: str) -> None:
+    """Both halves of a skip concat, too, where there are two."""
+    rules = [rule(name, activations) for name in ("unet.conv_in", SHORTCUT)]
+    keep = {"min_snr_db": 1000.0, "samples": 1}
+    asked = recipe(prompts, activations=activations, components=["unet"], rules=rules, keep=keep)
+    applied = stages.apply(make_small_pipeline(), asked)
+    ruled, others = {}, []
+    for plan in applied.plans:
+        if plan.layer == "unet.conv_in" or plan.layer.startswith(SHORTCUT):
+            ruled[plan.layer] = plan
+        else:
+            others.append(plan)
+    halves = [f"{SHORTCUT}.hidden", f"{SHORTCUT}.skip"]
+    static = activations == "int8_static"
+    assert ruled.keys() == {"unet.conv_in", *(halves if static else [SHORTCUT])}
+    for plan in ruled.values():
+        assert (plan.weights, plan.activations) == ("int8", activations)
+        assert plan.reason.startswith("rule unet.")
+        assert "sensitivity" not in plan.reason
+        assert (plan.activation_scale is not None) == static
+    assert {plan.activations for plan in others} == {"none"}
+    assert {plan.weights for plan in others} == {"int8" if static else "float32"}
+    assert applied.records[0]["layers_kept_by_sensitivity"] == len(others) > 30
+
+
+def test_a_rule_is_for_what_it_names_and_not_for_what_lies_in_it(prompts: Path) -> None:
+    """`unet.*.0` names `to_out.0`; `resnets.0` is no layer."""
+    keep = {"min_snr_db": 1000.0, "samples": 1}
+    asked = recipe(prompts, components=["unet"], rules=[rule("unet.*.0")], keep=keep)
+    plans = {plan.layer: plan for plan in stages.apply(make_small_pipeline(), asked).plans}
+    to_out = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    assert plans[to_out].activations == "int8_static"
+    assert plans["unet.down_blocks.0.resnets.0.conv1"].activations == "none"
+
+
+def test_layers_that_a_rule_keeps_in_integers_count_for_a_budget_of_multiply_adds(
+    prompts: Path,
+) -> None:
+    keep = {"macs": 0.9, "samples": 1}
+    asked = recipe(prompts, components=["unet"], rules=[rule("unet.*resnets.*")], keep=keep)
+    (record,) = stages.apply(make_small_pipeline(), asked).records
+    plain = recipe(prompts, components=["unet"], keep=keep)
+    (without,) = stages.apply(make_small_pipeline(), plain).records
+    assert without["layers_kept_by_sensitivity"] > 0
+    assert record["layers_kept_by_sensitivity"] > 0
+    for told in (record, without):
+        assert 0.9 <= told["int8_macs_of_layers"]["unet"] < 1
 
 
 def test_a_budget_below_what_integers_take_is_refused_before_any_work(prompts: Path) -> None:

@@ -1,5 +1,6 @@
 """A tiny decoder takes the place of the pipeline's own: opened and checked, or distilled."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from converters import components
 from mobile_runtime.errors import UserError
-from recipes import decoder, schema, stages
+from recipes import decoder, drawn, schema, stages
 from recipes.faults import RecipeError
 from recipes.schema import Recipe
 from recipes.sources import open_source
@@ -98,6 +99,14 @@ class TestOpen:
         assert 3 < said < 40
         again = stages.apply(pipeline, asked, cache=tmp_path / "other")
         assert again.records[0]["held_out_psnr_db"] == said
+
+    def test_without_a_training_nothing_of_it_is_needed(
+        self, opened: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+        asked = recipe(prompts, model=str(opened), held_out=0)
+        applied = stages.apply(make_small_pipeline(), asked, cache=tmp_path)
+        assert type(applied.pipeline.vae) is AutoencoderTiny
 
     @pytest.mark.parametrize(
         ("other", "said"),
@@ -237,6 +246,37 @@ class TestDistil:
         assert losses[0] < 0.05
         assert losses[1] > 2 * losses[0]
         assert applied.pipeline.vae.config.scaling_factor == 1
+
+    @pytest.mark.parametrize(
+        ("named", "expected"),
+        [("euler", "EulerDiscreteScheduler"), ("source", "DDIMScheduler")],
+    )
+    def test_it_learns_from_what_the_recipes_scheduler_draws(
+        self,
+        named: str,
+        expected: str,
+        prompts: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        seen: set[tuple[str, int, float]] = set()
+        draw = drawn.draw
+
+        def watched(pipeline: Any, *args: Any, **options: Any) -> Any:
+            scheduler = type(pipeline.scheduler).__name__
+            seen.add((scheduler, options["steps"], options["scale"]))
+            return draw(pipeline, *args, **options)
+
+        monkeypatch.setattr(drawn, "draw", watched)
+        monkeypatch.setattr(decoder, "train", lambda job: job.module)
+        asked = recipe(prompts, **TRAINED)
+        schedule = asked.schedule.model_copy(update={"scheduler": named, "steps": 3})
+        pipeline = make_small_pipeline()
+        applied = stages.apply(
+            pipeline, asked.model_copy(update={"schedule": schedule}), cache=tmp_path
+        )
+        assert seen == {(expected, 3, 0.0)}
+        assert type(applied.pipeline.scheduler).__name__ == "DDIMScheduler"
 
     def test_a_saved_result_opens_again_with_the_same_checks(
         self, applied: tuple[Any, stages.Applied], tmp_path: Path

@@ -1,5 +1,7 @@
 """Distillation learns from the teacher, resumes, is kept, and leaves the teacher alone."""
 
+import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler
 from torch import nn
 
-from mobile_runtime.errors import UserError
-from recipes import drawn, losses, schema, stages, trainer, work
+from mobile_runtime.errors import UserError, run_cli
+from recipes import distill, drawn, evaluation, losses, schema, stages, trainer, work
 from recipes.faults import RecipeError
 from recipes.losses import Noise
+from recipes.pocket.evaluate import held_out_scenes, score
 from tests.conftest import make_tiny_pipeline
 
 CPU = torch.device("cpu")
@@ -324,6 +327,8 @@ def test_drawing_goes_on_where_it_was_killed(
         ({"method": "progressive", "guidance": [1, 2]}, "a range goes with method lcm"),
         ({"method": "lcm", "guidance": [5, 2]}, r"\[low, high\]"),
         ({"method": "output", "teacher_steps": 4}, "teacher_steps: method output"),
+        ({"method": "lcm", "feature_weight": 0.5}, "feature_weight: goes with method output"),
+        ({"method": "progressive", "feature_weight": 0.5}, "and this is progressive"),
         ({"method": "lcm", "warmup": 9}, "9 steps are more than iterations"),
         ({"method": "best"}, "method"),
         ({"method": "lcm", "steps": 3}, "steps"),
@@ -435,11 +440,114 @@ def test_a_result_that_only_led_to_a_kept_one_is_not_needed(prompts: Path, tmp_p
         if folder.name == whole.records[0]["result"]:
             shutil.rmtree(folder)
     again = stages.apply(make_tiny_pipeline(), asked, cache=cache)
-    assert again.records[0] == {"stage": "distill", "trained": stages.SUPERSEDED}
-    assert again.records[1]["result"] == whole.records[1]["result"]
+    assert again.records[0] == {**whole.records[0], "trained": stages.SUPERSEDED}
+    assert again.records[1] == {**whole.records[1], "trained": "earlier, found in the cache"}
     assert [folder.name for folder in cache.iterdir()] == [whole.records[1]["result"]]
     for name, value in again.pipeline.unet.state_dict().items():
         assert torch.equal(value, whole.pipeline.unet.state_dict()[name])
+
+
+def listed(prompts: Path, *those: dict[str, Any]) -> schema.Recipe:
+    """A recipe of these stages, without guidance in one step."""
+    data = recipe(prompts, method="output", iterations=1).resolved()
+    return schema.parse({**data, "stages": list(those)})
+
+
+def student(prompts: Path, **settings: Any) -> dict[str, Any]:
+    own = {**SMALL, "iterations": 1, "steps": 1, "method": "output", "prompts": str(prompts)}
+    return {"distill": {**own, **settings}}
+
+
+def test_the_records_of_stages_that_are_not_needed_are_those_of_the_first_run(
+    prompts: Path, tmp_path: Path
+) -> None:
+    narrow = {"channels": {"macs": 0.2, "importance": "magnitude"}}
+    those = ({"prune": {"blocks": "bk_small"}}, {"prune": narrow}, student(prompts))
+    asked = listed(prompts, *those, {"fold": {}})
+    first = stages.apply(make_tiny_pipeline(), asked, cache=tmp_path)
+    assert first.records[0]["blocks_removed"]
+    again = stages.apply(make_tiny_pipeline(), asked, cache=tmp_path)
+    assert again.records[:2] == [
+        {**record, "trained": stages.SUPERSEDED} for record in first.records[:2]
+    ]
+    assert again.records[2] == {**first.records[2], "trained": "earlier, found in the cache"}
+    assert again.records[2]["before"]["unet"] != again.records[0]["before"]["unet"]
+    assert again.records[3] == first.records[3]
+
+
+def test_a_stage_that_runs_between_is_measured_as_in_the_first_run(
+    prompts: Path, tmp_path: Path
+) -> None:
+    """A decoder that is opened: it replaces nothing that the distillation brings."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    tiny: Any = AutoencoderTiny(
+        encoder_block_out_channels=(1,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(0,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    )
+    tiny.save_pretrained(tmp_path / "tiny")
+    opened = {"decoder": {"model": str(tmp_path / "tiny"), "held_out": 0}}
+    asked = listed(prompts, {"prune": {"blocks": "bk_small"}}, opened, student(prompts))
+    runs = [stages.apply(make_tiny_pipeline(), asked, cache=tmp_path / "c") for _ in range(2)]
+    sizes = [[(r["before"], r["after"]) for r in run.records] for run in runs]
+    assert runs[1].records[0]["trained"] == stages.SUPERSEDED
+    assert sizes[1] == sizes[0]
+
+
+def test_a_result_that_was_kept_without_records_of_what_led_to_it_is_still_found(
+    prompts: Path, tmp_path: Path
+) -> None:
+    asked = listed(prompts, {"prune": {"blocks": "bk_small"}}, student(prompts))
+    first = stages.apply(make_tiny_pipeline(), asked, cache=tmp_path)
+    file = tmp_path / first.records[1]["result"] / work.RECORD
+    kept = json.loads(file.read_text())
+    del kept["earlier"]
+    file.write_text(json.dumps(kept))
+    again = stages.apply(make_tiny_pipeline(), asked, cache=tmp_path)
+    assert again.records[0] == {"stage": "prune", "trained": stages.SUPERSEDED}
+    assert again.records[1]["after"] == first.records[1]["after"]
+
+
+def test_a_lora_of_a_stage_that_is_not_needed_may_be_gone(
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("POCKET_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    stages.save(make_tiny_pipeline(), [], tmp_path / "source")
+    data = listed(prompts, *(student(prompts, lora_rank=2, seed=seed) for seed in (0, 1)))
+    data = schema.parse({**data.resolved(), "source": {"model": str(tmp_path / "source")}})
+    (tmp_path / "mine.yaml").write_text(data.to_yaml())
+
+    def run(output: str) -> set[str]:
+        argv = ["--recipe", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / output)]
+        assert run_cli(distill.main, argv) == 0, capsys.readouterr().err
+        return {path.name for path in (tmp_path / output).glob("*.safetensors")}
+
+    assert len(run("first")) == 2
+    (gone,) = [
+        folder
+        for folder in (tmp_path / "cache").iterdir()
+        if not json.loads((folder / work.RECORD).read_text())["earlier"]
+    ]
+    shutil.rmtree(gone)
+    assert len(run("second")) == 1
+
+
+def test_a_kept_result_that_is_damaged_is_told_with_its_folder(
+    prompts: Path, tmp_path: Path
+) -> None:
+    asked = recipe(prompts, method="output", iterations=1)
+    stages.apply(make_tiny_pipeline(), asked, cache=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    weights = kept / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=rf"{kept.name}/unet cannot be read .* delete it"):
+        stages.apply(make_tiny_pipeline(), asked, cache=tmp_path)
 
 
 def test_a_damaged_record_of_a_kept_result_is_told(prompts: Path, tmp_path: Path) -> None:
@@ -468,3 +576,82 @@ def test_what_the_shipped_recipes_train_is_in_the_package(name: str, tmp_path: P
     told = {"earlier, found in the package", stages.SUPERSEDED}
     assert all(record["trained"] in told for record in trained)
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_shipped_few_step_model_draws_what_captions_say(tmp_path: Path) -> None:
+    from recipes.sources import open_source
+
+    asked = schema.load("pocket_turbo")
+    applied = stages.apply(open_source("embedded").pipeline, asked, cache=tmp_path)
+    assert applied.records[-1]["trained"] == "earlier, found in the package"
+    cases = held_out_scenes(16, seed=1)
+    words, scenes = [text for text, _ in cases], [scene for _, scene in cases]
+    _, pictures = evaluation.draw(applied.pipeline, asked.schedule, words, (64, 64), 0, "test")
+    result = score(pictures, scenes)
+    assert result["by"]["together"]["right"] >= 13, result["failed"]
+
+
+class Elsewhere:
+    """A device other than the CPU, as far as moves between the two are concerned."""
+
+    is_main_process = True
+    device = torch.device("cpu:0")
+    main_process_first = staticmethod(contextlib.nullcontext)
+
+
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[str]]:
+    """Where each module of a pipeline was moved to, by its id."""
+    from diffusers import DiffusionPipeline
+
+    seen: dict[int, list[str]] = {}
+
+    def to(self: Any, device: Any) -> Any:
+        for part in self.components.values():
+            if isinstance(part, nn.Module):
+                seen.setdefault(id(part), []).append(str(device))
+        return self
+
+    monkeypatch.setattr(DiffusionPipeline, "to", to)
+    monkeypatch.setattr(distill, "accelerator", Elsewhere)
+    return seen
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_moved_to_train_is_moved_back(
+    method: str,
+    raises: bool,
+    places: dict[int, list[str]],
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def train(job: trainer.Job) -> Any:
+        if raises:
+            raise RuntimeError("out of memory")
+        return job.module
+
+    monkeypatch.setattr(distill, "train", train)
+    pipeline = make_tiny_pipeline()
+    asked = recipe(prompts, method=method, **METHODS[method])
+    expected = pytest.raises(RuntimeError) if raises else contextlib.nullcontext()
+    with expected:
+        stages.apply(pipeline, asked, cache=tmp_path)
+    for part in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
+        assert places[id(part)][0] == "cpu:0"
+    assert {moves[-1] for moves in places.values()} == {"cpu"}
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "apply", None)
+    (tmp_path / "file").write_text("mine")
+    for output in ("file/x", "file/deeper/x"):
+        argv = ["--recipe", "pocket_turbo", "--output", str(tmp_path / output)]
+        assert run_cli(distill.main, argv) == 2
+        told = capsys.readouterr().err
+        assert "is no folder that can be written to" in told
+        assert "choose another --output" in told
+    assert (tmp_path / "file").read_text() == "mine"

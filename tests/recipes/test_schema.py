@@ -222,6 +222,16 @@ class TestOverrides:
         told = faults(with_stage(), {"stages.quantise.weights": "int8"})
         assert "did you mean quantize" in told[0]
 
+    def test_of_two_stages_of_a_name_one_has_to_be_named(self) -> None:
+        with pytest.raises(RecipeError) as caught:
+            schema.load("pocket_turbo", {"stages.distill.prompts": "mine.txt"})
+        (told,) = caught.value.faults
+        assert told.startswith("stages.distill.prompts: ")
+        assert "stages.0 or stages.1" in told
+        changed = schema.load("pocket_turbo", {"stages.1.distill.prompts": "mine.txt"})
+        named = [stage.distill.prompts for stage in changed.stages if stage.distill]
+        assert named == [None, "mine.txt"]
+
     def test_the_data_that_is_passed_in_is_left_alone(self) -> None:
         data = {**SMALLEST, "schedule": {"steps": 3}}
         schema.parse(data, {"schedule.steps": 4, "precision": "float16"})
