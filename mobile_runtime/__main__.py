@@ -26,7 +26,8 @@ EXAMPLES = """examples:
   python -m mobile_runtime generate BUNDLE "a red star" "a blue ring" --seeds 0-3 -o pictures
   python -m mobile_runtime generate BUNDLE "a red star" --compare recipes/pocket/weights
   python -m mobile_runtime info BUNDLE
-  python -m mobile_runtime validate BUNDLE
+  python -m mobile_runtime validate BUNDLE --device local
+  python -m mobile_runtime bench BUNDLE OTHER --option threads=2
 """
 
 MAX_SEEDS = 10_000
@@ -39,7 +40,7 @@ OTHER_PICTURES = (".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".tif", ".tiff", ".w
 
 def main(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
-    from mobile_runtime import validate
+    from mobile_runtime import bench, validate
 
     parser = argparse.ArgumentParser(
         prog="python -m mobile_runtime",
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
     validate.add_arguments(
         add("validate", "check that a bundle computes what it should", validate.run)
     )
+    bench.add_arguments(add("bench", "time a bundle, or two in turns", bench.run))
     devices_parser = add("devices", "list where bundles can be validated", list_devices)
     devices_parser.add_argument(
         "--setup",
