@@ -7,6 +7,7 @@ every file). `read_report` refuses one that was made for another.
 import contextlib
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,8 +36,11 @@ Kind = Literal[
     "picture",  # against the same-function picture
     "source_picture",  # against the source's picture
     "elsewhere",  # what only another machine can check
+    "baseline",  # whether anything is worse than in a stored report
 ]
 PIPELINE = "pipeline"
+BESIDE: tuple[Kind, ...] = ("elsewhere", "baseline")
+"""Checks of no runtime's outputs."""
 # The comparisons that a bundle's gates hold, where they are set.
 GATEABLE: tuple[Kind, ...] = (
     "same_function",
@@ -150,6 +154,13 @@ def _place(check: Check) -> str:
     return f"{check.component}{prompt} in {check.runtime}"
 
 
+def with_checks(report: Report, more: Sequence[Check]) -> Report:
+    """A report with more checks, and the verdict on all of them."""
+    checks = (*report.checks, *more)
+    verdict, summary = conclude(checks)
+    return report.model_copy(update={"checks": checks, "verdict": verdict, "summary": summary})
+
+
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     """Write report.json and report.html into a folder, each whole or not at all.
 
@@ -255,7 +266,7 @@ def component_rows(report: Report) -> list[dict[str, Check]]:
     """The checks of each component in each runtime, by kind, in the report's order."""
     rows: dict[tuple[str, str], dict[str, Check]] = {}
     for check in report.checks:
-        if check.component != PIPELINE and check.kind != "elsewhere":
+        if check.component != PIPELINE and check.kind not in BESIDE:
             rows.setdefault((check.component, check.runtime), {})[check.kind] = check
     return list(rows.values())
 
@@ -264,7 +275,7 @@ def prompt_rows(report: Report) -> list[dict[str, Check]]:
     """The checks of each golden prompt in each runtime, by kind, in the report's order."""
     rows: dict[tuple[int | None, str], dict[str, Check]] = {}
     for check in report.checks:
-        if check.component == PIPELINE and check.kind != "elsewhere":
+        if check.component == PIPELINE and check.kind not in BESIDE:
             rows.setdefault((check.prompt, check.runtime), {})[check.kind] = check
     return list(rows.values())
 

@@ -21,7 +21,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from mobile_runtime import backends
+from mobile_runtime import backends, baseline, report_markdown
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S
 from mobile_runtime.errors import UserError, choices
@@ -37,6 +37,7 @@ from mobile_runtime.report import (
     check_writable,
     conclude,
     format_table,
+    with_checks,
     write_report,
 )
 from mobile_runtime.runs import (
@@ -253,6 +254,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"timed calls of each component, 0 for none (default: {DEFAULT_REPEATS})",
     )
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="fail where accuracy or size is worse than stored there",
+    )
+    parser.add_argument(
+        "--save-baseline", type=Path, metavar="FILE", help="store this report's figures there"
+    )
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help='a summary for pull requests, say "$GITHUB_STEP_SUMMARY"; added to what is there',
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -295,11 +311,24 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     # A validation may take minutes; a report that cannot be kept is told before.
     check_writable(args.output or bundle.path)
+    for option, path in (("--save-baseline", args.save_baseline), ("--markdown", args.markdown)):
+        if path:
+            check_writable(path.absolute().parent, option)
+    before = baseline.read(args.baseline) if args.baseline else None
+    if before:
+        baseline.compare(bundle, (), before)  # of another bundle: told before anything runs
     report = _on_devices(bundle, args) if args.device else _here(bundle, args)
     models = [check for check in report.checks if check.kind == "outputs"]
     if all(check.status == "not_run" for check in models):
         raise UserError(models[0].reason if models else f"{bundle.path} holds nothing to check")
+    if before:
+        report = with_checks(report, baseline.compare(bundle, report.checks, before))
     _, html = write_report(report, args.output or bundle.path)
+    if args.save_baseline:
+        baseline.write(args.save_baseline, baseline.of(bundle, report.checks))
+    if args.markdown:
+        with args.markdown.open("a", encoding="utf-8") as stream:
+            stream.write(report_markdown.render(report))
     if args.json:
         print(report.model_dump_json(indent=1, exclude={"pictures"}))
     else:
