@@ -13,7 +13,7 @@ WORDS = {"pass": "pass", "fail": "**FAIL**", "not_run": "*not run*", "not_gated"
 
 def render(report: Report) -> str:
     """The verdict, the components, the pictures, the times, and what failed or was not run."""
-    lines = [f"### {report.bundle} for {report.target}: {WORDS[report.verdict]}", ""]
+    lines = [f"### {_text(report.bundle)} for {report.target}: {WORDS[report.verdict]}", ""]
     lines += [_text(report.summary), ""]
     lines += _table(
         ("component", "runtime", "same function", "source", "verdict"),
