@@ -134,4 +134,4 @@ def test_a_text_cannot_break_the_table(tmp_path: Path) -> None:
 
     bundle = make_bundle(tmp_path / "bundle", change_manifest=renamed)
     told = render(validate(bundle, repeats=0, progress=False))
-    assert "<script>" not in told
+    assert told.count("<script>") == told.count("\\<script>") > 0
