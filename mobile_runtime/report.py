@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from mobile_runtime.bundle import REPORTS, Bundle
 from mobile_runtime.errors import BundleError, UserError
 from mobile_runtime.latency import Environment, Latency
-from mobile_runtime.manifest import Strict, Target
+from mobile_runtime.manifest import LayerPlan, Strict, Target
 from mobile_runtime.parity import Status
 
 REPORT_JSON, REPORT_HTML = REPORTS
@@ -95,6 +95,16 @@ class DeviceRun(Strict):
     environment: Environment
 
 
+class Size(Strict):
+    """What one component weighs. macs: multiply-adds of a call."""
+
+    component: str
+    parameters: int
+    bytes: int
+    macs: int
+    scheme: str
+
+
 class Report(Strict):
     """`report.json`, schema 2."""
 
@@ -109,6 +119,8 @@ class Report(Strict):
     devices: tuple[DeviceRun, ...] = ()
     checks: tuple[Check, ...]
     latency: tuple[Latency, ...] = ()
+    sizes: tuple[Size, ...] = ()
+    quantization: tuple[LayerPlan, ...] = ()
     pictures: tuple[Pictures, ...] = Field(default=(), exclude=True, repr=False)
 
     model_config = ConfigDict(arbitrary_types_allowed=True)

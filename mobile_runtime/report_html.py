@@ -2,11 +2,15 @@
 
 import base64
 import io
+import math
+import re
+import shlex
 from html import escape
 
 import numpy as np
 from PIL import Image
 
+from mobile_runtime.manifest import LayerPlan
 from mobile_runtime.report import (
     Check,
     Pictures,
@@ -16,6 +20,7 @@ from mobile_runtime.report import (
     prompt_rows,
     row_status,
 )
+from mobile_runtime.report_plots import STYLE, latency_bars, step_lines
 
 # One level of 255 shows as 32, which an eye can find on black.
 AMPLIFIED = 32
@@ -71,11 +76,13 @@ def render(report: Report) -> str:
     """The whole page, its pictures inside."""
     title = f"{report.bundle} for {report.target}"
     sections = [_head(report, title), _pictures(report), _components(report), _prompts(report)]
-    sections += [_latency(report), _all_checks(report), _environment(report)]
+    sections += [_steps(report), _latency(report), _sizes(report), _plan(report)]
+    sections += [_all_checks(report), _environment(report), _again(report)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}: {_WORDS[report.verdict]}</title><style>{_STYLE}</style></head>"
+        f"<title>{escape(title)}: {_WORDS[report.verdict]}</title>"
+        f"<style>{_STYLE}{STYLE}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 
@@ -93,18 +100,25 @@ def _head(report: Report, title: str) -> str:
 def _pictures(report: Report) -> str:
     if not report.pictures:
         return ""
-    return "<h2>Golden pictures</h2>" + "".join(_prompt_card(p) for p in report.pictures)
+    prompts: dict[str, list[Pictures]] = {}
+    for pictures in report.pictures:
+        prompts.setdefault(pictures.prompt, []).append(pictures)
+    return "<h2>Golden pictures</h2>" + "".join(map(_prompt_card, prompts.values()))
 
 
-def _prompt_card(pictures: Pictures) -> str:
-    height, width = pictures.reference.shape[:2]
+def _prompt_card(runs: list[Pictures]) -> str:
+    """One prompt: its two references, then what each runtime made and how far that is."""
+    first = runs[0]
+    height, width = first.reference.shape[:2]
     small = " small" if max(height, width) < 256 else ""
     shown = [
-        (pictures.source, "Source, fp32", "the pipeline before the stages"),
-        (pictures.reference, "Reference", "PyTorch after the stages, same function"),
-        (pictures.output, escape(pictures.runtime), "this bundle's files"),
+        (first.source, "Source, fp32", "the pipeline before the stages"),
+        (first.reference, "Reference", "PyTorch after the stages, same function"),
     ]
-    if pictures.output.shape == pictures.reference.shape:
+    for pictures in runs:
+        shown.append((pictures.output, escape(pictures.runtime), "this bundle's files"))
+        if pictures.output.shape != pictures.reference.shape:
+            continue
         error = np.abs(pictures.output.astype(np.int16) - pictures.reference.astype(np.int16))
         difference = np.minimum(error * AMPLIFIED, 255).astype(np.uint8)
         caption = f"at most {error.max()} of 255 apart" if error.any() else "equal in every pixel"
@@ -116,7 +130,7 @@ def _prompt_card(pictures: Pictures) -> str:
     )
     return (
         f'<section class="card prompt{small}" style="--ratio: {width} / {height}">'
-        f'<p>“{escape(pictures.prompt)}”</p><div class="pictures">{figures}</div></section>'
+        f'<p>“{escape(first.prompt)}”</p><div class="pictures">{figures}</div></section>'
     )
 
 
@@ -203,7 +217,25 @@ def _prompts(report: Report) -> str:
     return f'<h2>Whole pipeline</h2><div class="card">{_table(header, rows, wide=(3,))}</div>'
 
 
+def _steps(report: Report) -> str:
+    """How the latents drift from the reference's, step by step, where there are steps."""
+    series = [
+        (f"prompt {check.prompt} in {check.runtime}", check.details["snr_db_by_step"])
+        for check in report.checks
+        if check.kind == "trajectory" and check.details.get("snr_db_by_step")
+    ]
+    if not series or max(len(own) for _, own in series) < 2:
+        return ""
+    note = (
+        '<p class="soft">SNR of the latents in dB against the reference, after each step; a line '
+        "for each prompt and runtime.</p>"
+    )
+    return f'<h2>Step by step</h2><div class="card">{step_lines(series)}{note}</div>'
+
+
 def _latency(report: Report) -> str:
+    if not report.latency:
+        return ""
     rows = [
         [
             _named(row.component, row.runtime),
@@ -216,13 +248,77 @@ def _latency(report: Report) -> str:
         ]
         for row in report.latency
     ]
-    if not rows:
-        return ""
     table = _table(
         ["Component", "Median", "p90", "Min", "First call", "Load", "Repeats"], rows, wide=(3, 4, 6)
     )
-    note = '<p class="soft">One call on the machine named below; measured, not gated.</p>'
-    return f'<h2>Latency</h2><div class="card">{table}{note}</div>'
+    note = (
+        '<p class="soft">One call on the machine named below; pipeline: a whole picture. The bar '
+        "is the median, the line from the least to nine tenths. Measured, not gated.</p>"
+    )
+    bars = latency_bars(report.latency)
+    return f'<h2>Latency</h2><div class="card">{bars}{table}{note}</div>'
+
+
+def _sizes(report: Report) -> str:
+    if not report.sizes:
+        return ""
+    peaks = {
+        (row.component, row.runtime): row.peak_bytes for row in report.latency if row.peak_bytes
+    }
+    rows = [
+        [
+            escape(size.component).replace("_", "_<wbr>"),
+            f"{size.parameters / 1e6:.2f} M",
+            f"{size.bytes / 1e6:.1f} MB",
+            f"{size.macs / 1e9:.2f}",
+            escape(size.scheme),
+            "<br>".join(
+                f"{peak / 1e6:.0f} MB<small>{escape(runtime)}</small>"
+                for (component, runtime), peak in peaks.items()
+                if component == size.component
+            )
+            or "–",
+        ]
+        for size in report.sizes
+    ]
+    header = ["Component", "Parameters", "Model", "GMACs a call", "Scheme", "Peak memory"]
+    return f'<h2>Size and memory</h2><div class="card">{_table(header, rows, wide=(3, 4))}</div>'
+
+
+def _plan(report: Report) -> str:
+    """The quantization by layer; those of which a sensitivity is told first, the worst on top."""
+    if not report.quantization:
+        return ""
+
+    def rank(plan: LayerPlan) -> float:
+        found = re.search(r"sensitivity (-?[\d.]+) dB", plan.reason)
+        return float(found[1]) if found else math.inf
+
+    rows = [
+        [
+            f"<code>{escape(plan.layer)}</code>",
+            escape(plan.weights),
+            escape(plan.activations.replace("_", " ")),
+            escape(plan.reason),
+        ]
+        for plan in sorted(report.quantization, key=rank)
+    ]
+    table = _table(["Layer", "Weights", "Activations", "Why"], rows)
+    label = f"{len(rows)} layers, the most sensitive first"
+    return (
+        f'<h2>Quantization plan</h2><details class="card"><summary>{label}</summary>{table}'
+        "</details>"
+    )
+
+
+def _again(report: Report) -> str:
+    devices = "".join(f" --device {shlex.quote(device.name)}" for device in report.devices)
+    command = f"python -m mobile_runtime validate BUNDLE{devices}"
+    return (
+        f'<h2>How to run it again</h2><div class="card"><code>{escape(command)}</code>'
+        f'<p class="soft">BUNDLE: the folder whose manifest.json has the SHA-256 '
+        f"<code>{escape(report.manifest_sha256)}</code>.</p></div>"
+    )
 
 
 def _all_checks(report: Report) -> str:
@@ -251,5 +347,25 @@ def _environment(report: Report) -> str:
         "Python": here.python,
         "Manifest": report.manifest_sha256,
     }
-    items = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
-    return f'<h2>Where this was measured</h2><div class="card"><dl>{items}</dl></div>'
+    cards = [("Where this was " + ("judged" if report.devices else "measured"), facts)]
+    for device in report.devices:
+        there = device.environment
+        memory = f", {device.memory_bytes / 1e9:.1f} GB" if device.memory_bytes else ""
+        cards.append(
+            (
+                f"Where it ran: {device.name}",
+                {
+                    "Device": device.model + (", emulated" if device.emulated else ""),
+                    "CPU": f"{there.cpu}, {there.cores} cores ({there.machine}){memory}",
+                    "CPU features": ", ".join(there.cpu_flags) or "none of those that matter",
+                    "System": there.system,
+                    "Libraries": ", ".join(f"{k} {v}" for k, v in there.libraries.items()),
+                },
+            )
+        )
+    return "".join(
+        f'<h2>{escape(title)}</h2><div class="card"><dl>'
+        + "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in told.items())
+        + "</dl></div>"
+        for title, told in cards
+    )

@@ -34,6 +34,7 @@ from mobile_runtime.report import (
     Check,
     DeviceRun,
     Report,
+    Size,
     check_writable,
     conclude,
     format_table,
@@ -155,6 +156,17 @@ def report_of(bundle: Bundle, judged: Judged, devices: Sequence[DeviceRun] = ())
         devices=tuple(devices),
         checks=tuple(judged.checks),
         latency=tuple(judged.latency),
+        sizes=tuple(
+            Size(
+                component=entry.name,
+                parameters=entry.parameters,
+                bytes=entry.bytes,
+                macs=entry.macs,
+                scheme=entry.scheme,
+            )
+            for entry in bundle.manifest.components
+        ),
+        quantization=bundle.manifest.quantization,
         pictures=tuple(judged.pictures),
     )
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError, UserError, run_cli
 from mobile_runtime.manifest import LayerPlan, Manifest
 from mobile_runtime.report import Check, Report, format_table, read_report
+from mobile_runtime.report_html import render
 from mobile_runtime.validate import add_arguments, run, runtimes, validate
 from tests.bundles import make_bundle
 
@@ -588,3 +590,39 @@ def test_goldens_that_are_not_whole_are_told_by_the_tensors_name(
 def test_a_text_encoder_without_golden_cases_fails_the_tokens(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", change_manifest=without_case_count("text_encoder"))
     assert find(checked(bundle), "pipeline", "tokens", 0).status == "fail"
+
+
+def test_the_page_shows_steps_times_sizes_and_how_to_run_it_again(good: Bundle) -> None:
+    page = render(checked(good, repeats=2))
+    for heading in ("Step by step", "Latency", "Size and memory", "How to run it again"):
+        assert f"<h2>{heading}</h2>" in page
+    steps = good.manifest.golden.prompts[0].steps
+    lines = re.findall(r'<polyline points="([^"]*)"', page)
+    assert len(lines) == len(good.manifest.golden.prompts)
+    assert len(lines[0].split()) == steps
+    widths = [float(found) for found in re.findall(r'class="fill" style="width: ([\d.]+)%', page)]
+    assert len(widths) == 4
+    assert 0 < max(widths) <= 100
+    assert "<script" not in page
+
+
+def test_the_page_tells_the_plan_with_the_most_sensitive_layer_first(tmp_path: Path) -> None:
+    def planned(manifest: Manifest) -> Manifest:
+        plans = tuple(
+            LayerPlan(layer=f"unet.{name}", weights="int8", reason=f"default; sensitivity {db} dB")
+            for name, db in (("calm", 80.5), ("worst", 12.25), ("middle", 40.0))
+        )
+        return manifest.model_copy(update={"quantization": plans})
+
+    page = render(checked(make_bundle(tmp_path / "bundle", change_manifest=planned)))
+    places = [page.index(f"<code>unet.{name}</code>") for name in ("worst", "middle", "calm")]
+    assert places == sorted(places)
+    assert "3 layers, the most sensitive first" in page
+
+
+def test_a_prompt_drawn_in_several_runtimes_has_one_card(good: Bundle) -> None:
+    report = checked(good)
+    other = [shown.model_copy(update={"runtime": "elsewhere"}) for shown in report.pictures]
+    page = render(report.model_copy(update={"pictures": (*report.pictures, *other)}))
+    assert page.count('class="card prompt') == len(report.pictures)
+    assert page.count("<b>elsewhere</b>") == len(report.pictures)
