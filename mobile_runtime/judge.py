@@ -78,12 +78,20 @@ def judge_result(
     troubles: of tasks without a sound record, why. A damaged record fails.
     """
     judged = Judged()
-    for task in result.job.components:
-        run = _component_run(result, task, troubles)
-        judged.add(judge_component(bundle, task.component, runtime, run))
+    for component, run in component_runs(result, troubles).items():
+        judged.add(judge_component(bundle, component, runtime, run))
     runs = {task.index: _prompt_run(result, task, troubles) for task in result.job.prompts}
     judged.add(judge_prompts(bundle, runtime, runs))
     return judged
+
+
+def component_runs(
+    result: Result, troubles: Mapping[str, NoRun]
+) -> dict[ComponentName, ComponentRun | NoRun]:
+    """What each component gave."""
+    return {
+        task.component: _component_run(result, task, troubles) for task in result.job.components
+    }
 
 
 def _component_run(

@@ -4,7 +4,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 from mobile_runtime import devices
 from mobile_runtime.backends import default_backend
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.devices import DEFAULT_TIMEOUT_S, Device, Work
+from mobile_runtime.devices import DEFAULT_TIMEOUT_S, Device, Troubles, Work
 from mobile_runtime.devices.folder import FolderDevice
 from mobile_runtime.errors import UserError
 from mobile_runtime.jobs import Job, Result, ResultError, make_job, open_job
-from mobile_runtime.judge import Judged, judge_result
+from mobile_runtime.judge import Judged, component_runs, judge_result
+from mobile_runtime.manifest import ComponentName
 from mobile_runtime.report import DeviceRun, Report
-from mobile_runtime.runs import NoRun, Runtime
+from mobile_runtime.runs import ComponentRun, NoRun, Runtime
 from mobile_runtime.validate import report_of
 
 
@@ -64,9 +66,28 @@ def validate_on(
     return report_of(bundle, judged, ran)
 
 
+def run_on(
+    bundle: Bundle, device: Device, asked: Asked
+) -> tuple[Runtime, dict[ComponentName, ComponentRun | NoRun]]:
+    """What each component gave on a device, unjudged."""
+    backend = asked.backend or default_backend(bundle.manifest.target)
+    runtime = Runtime(backend, bundle.manifest.arithmetic, asked.options or {}, device=device.name)
+    with _done(bundle, device, runtime, asked, lambda text: None) as (result, troubles):
+        return runtime, component_runs(result, troubles)
+
+
 def _on(
     bundle: Bundle, device: Device, runtime: Runtime, asked: Asked, tell: Callable[[str], None]
 ) -> tuple[Judged, DeviceRun | None]:
+    with _done(bundle, device, runtime, asked, tell) as (result, troubles):
+        return judge_result(bundle, result, runtime, troubles), _facts(device, result)
+
+
+@contextmanager
+def _done(
+    bundle: Bundle, device: Device, runtime: Runtime, asked: Asked, tell: Callable[[str], None]
+) -> Iterator[tuple[Result, Troubles]]:
+    """A job's result, as far as the device went; one that is whole is removed afterwards."""
     by_hand = isinstance(device, FolderDevice)
     folder = device.folder if isinstance(device, FolderDevice) else _place(bundle, runtime, asked)
     job = _job(bundle, folder / "job", runtime, asked)
@@ -78,11 +99,10 @@ def _on(
         troubles = {task.name: why for task in job.tasks}
     else:
         troubles = device.run(work)
-    judged, facts = judge_result(bundle, result, runtime, troubles), _facts(device, result)
+    yield result, troubles
     if not by_hand and not result.missing():
         # The next validation measures anew.
         shutil.rmtree(folder, ignore_errors=True)
-    return judged, facts
 
 
 def _place(bundle: Bundle, runtime: Runtime, asked: Asked) -> Path:
