@@ -56,7 +56,15 @@ def load(folder: Path) -> Any:
         for key, tensor in loaded.state_dict().items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise ValueError(f"{key} holds NaN or Inf")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+        UserError,
+    ) as error:
         raise UserError(
             f"{folder} cannot be read ({error}); if it is a kept result, delete it"
         ) from error

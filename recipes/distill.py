@@ -337,7 +337,9 @@ def main(argv: list[str]) -> int:
 
 def _save_loras(records: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Copy what stages with a `lora_rank` trained into a folder, numbered from the second on."""
-    trained = [kept_at(record["result"]) for record in records if "lora" in record]
+    results = [kept_at(record["result"]) for record in records if "lora" in record]
+    # Of a stage that was not needed, the result may be gone.
+    trained = [kept for kept in results if (kept / TRAINING / low_rank.FILE).is_file()]
     copies = []
     for number, kept in enumerate(trained, start=1):
         name = Path(low_rank.FILE)

@@ -34,7 +34,7 @@ from recipes.pocket.scenes import Scene
 from recipes.schedulers import choose_scheduler, with_steps
 from recipes.schema import Recipe, SchedulerName
 from recipes.sources import check_resolution, open_source
-from recipes.work import default_cache
+from recipes.work import Done, default_cache
 
 
 def main(argv: list[str]) -> int:
@@ -55,10 +55,12 @@ def main(argv: list[str]) -> int:
     check_resolution(outline, recipe.height, recipe.width)
     with_steps(choose_scheduler(outline.scheduler, schedule.scheduler), schedule.steps)
     stages.check(outline, recipe)
-    if any(stages.STAGES[stage.name].trained for stage in recipe.stages):
-        check_writable(default_cache(), "POCKET_DIFFUSION_CACHE")
     judges = _judges(arguments, chosen, scenes, wanted)
     source = open_source(model, revision)
+    kept = Done.before(source.pipeline, recipe, None, keeps=True).kept(recipe.stages)
+    trains = [stages.STAGES[stage.name].trained for stage in recipe.stages]
+    if any(trained and not found for trained, found in zip(trains, kept, strict=True)):
+        check_writable(default_cache(), "POCKET_DIFFUSION_CACHE")
     head = {
         "recipe": recipe.resolved(),
         "source": source.info,

@@ -402,10 +402,9 @@ def _calibrated(
 
 def _is_ruled(layer: str, settings: QuantizeSettings) -> bool:
     """Whether a rule names a layer, or the one that it is a half of."""
+    whole = layer.removesuffix(".hidden").removesuffix(".skip")
     return any(
-        fnmatch.fnmatchcase(name, rule.layers)
-        for rule in settings.rules
-        for name in (layer, layer.rpartition(".")[0])
+        fnmatch.fnmatchcase(name, rule.layers) for rule in settings.rules for name in (layer, whole)
     )
 
 

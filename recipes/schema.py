@@ -433,7 +433,7 @@ def _override(data: dict[str, Any], dotted: str, value: Any) -> str | None:
             elif len(keyed) == 1 and not last:
                 here, place = here[keyed[0]], part
             else:
-                if keyed:
+                if len(keyed) > 1:
                     ways = " or ".join(".".join([*parts[:depth], str(i)]) for i in keyed)
                     return f"{dotted}: the list has {part} {len(keyed)} times; name one, as {ways}"
                 known = [str(key) for item in here if isinstance(item, dict) for key in item]

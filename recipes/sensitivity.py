@@ -117,7 +117,8 @@ def kept(
             if db < settings.min_snr_db
         }
     elif settings.macs is not None:
-        reasons = _by_macs(snr_db, macs, settings.macs)
+        static = {plan.layer for plan in plans if plan.activations == "int8_static"}
+        reasons = _by_macs(snr_db, macs, static, settings.macs)
     else:
         assert settings.bytes is not None
         reasons = _by_bytes(snr_db, sizes, settings.bytes)
@@ -143,12 +144,17 @@ def _in_float(plan: LayerPlan, reason: str, weights: bool) -> LayerPlan:
     return plan.model_copy(update=update)
 
 
-def _by_macs(snr_db: Mapping[str, float], macs: Mapping[str, int], least: float) -> dict[str, str]:
-    """The most sensitive layers of each component, as long as the `share` of the rest is enough."""
+def _by_macs(
+    snr_db: Mapping[str, float], macs: Mapping[str, int], static: Collection[str], least: float
+) -> dict[str, str]:
+    """The most sensitive layers of each component, as long as the `share` of the rest is enough.
+
+    static: all layers that are planned in INT8, those that have to stay among them.
+    """
     reasons = {}
     for name in {path.split(".")[0] for path in snr_db}:
-        left = {path for path in snr_db if path.split(".")[0] == name}
-        for path in sorted(left, key=lambda path: snr_db[path]):
+        left = {path for path in static if path.split(".")[0] == name}
+        for path in sorted(left & snr_db.keys(), key=lambda path: snr_db[path]):
             left.remove(path)
             if share(macs, name, left) < least:
                 break

@@ -182,10 +182,13 @@ def apply(
                 functions.run(applied.pipeline, stage.settings, work), applied.records
             )
         for place, told in enumerate(outcome.earlier):
-            # A stage that was skipped did the same when this result was made.
+            # A stage that was skipped did the same when this result was made; one that ran after
+            # it was measured without what the skipped one left.
             if applied.records[place].get("trained") == SUPERSEDED:
                 applied.records[place] = {**told, "trained": SUPERSEDED}
-                before = told.get("after", before)
+            elif "before" in told:
+                applied.records[place] |= {key: told[key] for key in ("before", "after")}
+            before = told.get("after", before)
         applied.pipeline = outcome.pipeline
         applied.plans += outcome.plans
         after = _measure(outcome.pipeline, recipe)

@@ -222,9 +222,10 @@ def _resume(
         raise UserError(
             f"{path} is a checkpoint of another training; delete it, or name another folder"
         )
-    if state.get("processes") != accelerator().num_processes:
+    processes = state.get("processes", 1)
+    if processes != accelerator().num_processes:
         raise UserError(
-            f"{path} was trained by {state.get('processes')} processes, and there are "
+            f"{path} was trained by {processes} processes, and there are "
             f"{accelerator().num_processes}; start as many, or delete it to begin anew"
         )
     with told_if_damaged(path):

@@ -195,7 +195,8 @@ class Done:
         if not _is_main_process():
             yield work
             return
-        if importlib.util.find_spec("matplotlib") is None:
+        trains = getattr(stage.settings, "iterations", 1) > 0
+        if trains and importlib.util.find_spec("matplotlib") is None:
             raise missing_backend("matplotlib", "train", "training")
         with _alone(folder):
             yield work
@@ -262,7 +263,11 @@ def fingerprint(pipeline: Any) -> str:
     scheduler, tokenizer = pipeline.scheduler, pipeline.tokenizer
     others = [
         [type(scheduler).__name__, _chosen(scheduler)],
-        [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length],
+        [
+            sorted(tokenizer.get_vocab().items()),
+            sorted(map(str, getattr(tokenizer, "bpe_ranks", {}).items())),
+            [tokenizer.model_max_length, tokenizer.pad_token_id],
+        ],
     ]
     digest.update(json.dumps(others, sort_keys=True, default=repr).encode())
     return digest.hexdigest()

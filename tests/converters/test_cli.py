@@ -120,6 +120,19 @@ def test_a_folder_for_the_pipeline_that_is_taken_is_refused_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+def test_a_folder_for_the_pipeline_that_cannot_be_made_is_refused_before_any_stage(
+    capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(convert.stages, "apply", None)
+    (tmp_path / "file").write_text("mine")
+    for saved in ("file/pipeline", "file/deeper/pipeline"):
+        argv = ["--output", tmp_path / "bundle", "--save-pipeline", tmp_path / saved]
+        told = refused(capsys, "onnx", *SMALL, *argv)
+        assert "is no folder that can be written to" in told
+        assert "choose another --save-pipeline" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("damage", ["pickled", "cut short"])
 def test_a_dry_run_tells_weights_that_cannot_be_read(capsys, tmp_path, tiny_pipeline, damage):
     source = tmp_path / "source"
@@ -288,6 +301,22 @@ def test_a_dry_run_tells_that_a_budget_of_bytes_is_planned_later(capsys, budget,
     keep = ["--set", f"stages.2.quantize.keep={{{budget.replace('=', ': ')}}}"]
     assert run("onnx", "--recipe", "pocket_turbo_w8a8", *keep, "--dry-run") == 0
     assert ("are chosen by measurements, so MB are at least" in capsys.readouterr().out) is told
+
+
+def test_a_dry_run_tells_what_trains_and_counts_the_branches_beside_4_bits(capsys):
+    trains = "trains, unless the result is kept from before: distill (200 steps), distill (300"
+    parameters = []
+    for rank in ("16", "0"):
+        changes = ["--set", f"stages.quantize.int4.rank={rank}"]
+        assert run("onnx", "--recipe", "pocket_turbo_4bit", *changes, "--dry-run") == 0
+        told = capsys.readouterr().out
+        assert trains in told
+        (row,) = [line.split() for line in told.splitlines() if line.startswith("unet")]
+        parameters.append((int(row[1].replace(",", "")), float(row[2])))
+    assert parameters[0] > parameters[1]
+    assert parameters[0][1] > parameters[1][1]
+    assert run("onnx", *SMALL, "--dry-run") == 0
+    assert "trains" not in capsys.readouterr().out
 
 
 def test_the_columns_of_a_dry_run_stay_apart_for_the_largest_pictures(capsys):

@@ -7,7 +7,11 @@ import torch
 
 from converters import components
 from mobile_runtime.errors import UserError
-from recipes import measure
+from recipes import int4_layers, measure
+from recipes.int4_layers import Int4Module
+from recipes.quantize import quantize
+from recipes.settings import Int4Settings, QuantizeSettings
+from tests.conftest import make_tiny_pipeline
 
 NAMES = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 
@@ -113,6 +117,54 @@ def test_a_resolution_that_the_vae_cannot_take_names_the_nearest(
 ) -> None:
     with pytest.raises(UserError, match=rf"width of {width} .*multiple of 8.*nearest is {nearest}"):
         components.build(tiny_pipeline, "unet", height=64, width=width, batch=1)
+
+
+def test_branches_are_counted_as_the_layers_hold_and_compute_them(tiny_pipeline: Any) -> None:
+    """By hand, and by torch's own count of the whole components."""
+    settings = QuantizeSettings(
+        weights="int4", int4=Int4Settings(rank=3, iterations=1), components=tuple(NAMES[:3])
+    )
+    pipeline, plans = quantize(make_tiny_pipeline(), settings)
+    forms = {plan.layer: int4_layers.form_of(plan) for plan in plans if plan.weights == "int4"}
+    for name in NAMES[:3]:
+        plain, made = build(tiny_pipeline, name), build(pipeline, name)
+        branches = {
+            path: layer
+            for path, layer in made.module.named_modules()
+            if isinstance(layer, Int4Module) and layer.down is not None
+        }
+        calls: list[int] = []
+
+        def count(layer: Any, inputs: Any, out: torch.Tensor, calls: list[int] = calls) -> None:
+            calls.append(out.numel() * layer.weight[0].numel())
+
+        for layer in branches.values():
+            for part in (layer.down, layer.up):
+                assert part is not None
+                part.register_forward_hook(count)
+        run(made)
+        assert len(calls) == 2 * len(branches) > 10
+        held = sum(
+            tensor.numel()
+            for layer in branches.values()
+            for part in (layer.down, layer.up)
+            if part is not None
+            for tensor in part.parameters()
+        )
+        found = components.count_branches(plain, forms)
+        assert found == (held, sum(calls))
+        assert components.count_macs(made) == components.count_macs(plain) + found[1]
+
+
+def test_without_a_branch_there_is_nothing_to_count(tiny_pipeline: Any) -> None:
+    component = build(tiny_pipeline, "unet")
+    path = "unet.down_blocks.0.resnets.0.conv1"
+    assert components.count_branches(component, {}) == (0, 0)
+    assert components.count_branches(component, {path: int4_layers.Form(16, 0)}) == (0, 0)
+    weight = component.module.get_submodule(path).weight
+    parameters, macs = components.count_branches(component, {path: int4_layers.Form(16, 1)})
+    assert parameters == weight.shape[0] + weight[0].numel()
+    assert macs == 2 * 8 * 8 * parameters  # two pictures of 8x8 latents
 
 
 class SdTurbo:

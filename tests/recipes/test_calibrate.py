@@ -334,6 +334,7 @@ def test_calibration_sees_every_timestep_of_the_schedule_and_both_prompts(prompt
     assert {batch for batch, _ in calls} == {6}  # three pictures, each with the empty prompt
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
 @pytest.mark.parametrize("scheduler", ["lcm", "euler_ancestral", "ddpm"])
 def test_a_pictures_noise_is_its_own_whatever_is_drawn_beside_it(
     prompts: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
@@ -347,8 +348,13 @@ def test_a_pictures_noise_is_its_own_whatever_is_drawn_beside_it(
 
     def latents(together: int) -> torch.Tensor:
         seen: list[torch.Tensor] = []
+
+        def watched(*args: Any) -> torch.Tensor:
+            seen.append(sample(*args))
+            return seen[-1]
+
         monkeypatch.setattr(calibrate, "BATCH", together)
-        monkeypatch.setattr(drawn, "sample", lambda *args: seen.append(sample(*args)) or seen[-1])
+        monkeypatch.setattr(drawn, "sample", watched)
         calibrate.run(make_small_pipeline(), asked, settings.calibration, range(3), "test")
         assert len(seen) == -(-3 // together)
         return torch.cat(seen)

@@ -542,12 +542,13 @@ def test_a_kept_result_that_is_damaged_is_told_with_its_folder(
     prompts: Path, tmp_path: Path
 ) -> None:
     asked = recipe(prompts, method="output", iterations=1)
-    stages.apply(make_tiny_pipeline(), asked, cache=tmp_path)
-    (kept,) = tmp_path.iterdir()
+    cache = tmp_path / "cache"
+    stages.apply(make_tiny_pipeline(), asked, cache=cache)
+    (kept,) = cache.iterdir()
     weights = kept / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(UserError, match=rf"{kept.name}/unet cannot be read .* delete it"):
-        stages.apply(make_tiny_pipeline(), asked, cache=tmp_path)
+        stages.apply(make_tiny_pipeline(), asked, cache=cache)
 
 
 def test_a_damaged_record_of_a_kept_result_is_told(prompts: Path, tmp_path: Path) -> None:

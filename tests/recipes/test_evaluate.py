@@ -370,6 +370,23 @@ def test_the_reference_of_a_student_has_its_teachers_schedule() -> None:
     assert (given.steps, given.guidance_scale, given.scheduler) == (7, 0.0, "euler")
 
 
+def test_the_reference_of_an_lcm_lora_draws_without_it() -> None:
+    listed = [{"adapters": {"loras": [{"model": "lcm"}]}}, {"prune": {"blocks": ["mid_block"]}}]
+    schedule = {"scheduler": "lcm", "steps": 4, "guidance_scale": 1.5}
+    data = {"name": "x", "source": {"model": "embedded"}, "resolution": 64}
+    recipe = schema.parse({**data, "schedule": schedule, "stages": [*listed, {"quantize": {}}]})
+    reference = evaluation.reference_schedule(recipe, None, None, None)
+    assert reference == schema.Schedule()
+    assert evaluation.schedule_after(recipe, -1, reference) == reference
+    for index in range(3):
+        assert evaluation.schedule_after(recipe, index, reference) == recipe.schedule
+    given = evaluation.reference_schedule(recipe, 7, 0.0, "lcm")
+    assert (given.steps, given.guidance_scale, given.scheduler) == (7, 0.0, "lcm")
+    changed = recipe.schedule.model_copy(update={"scheduler": "euler"})
+    other = recipe.model_copy(update={"schedule": changed})
+    assert evaluation.reference_schedule(other, None, None, None) == other.schedule
+
+
 def test_latents_that_are_not_finite_are_told(
     source: Path,
     prompt_file: Path,
@@ -485,6 +502,9 @@ def test_a_folder_that_is_no_clip_model_is_refused(
         ("--pictures {unreadable} --clip {clip}", "1.png cannot be read"),
         ("--json {nothing}/out.json", "there is no folder"),
         ("--json {here}", "is a folder"),
+        ("--json {here}/0.png", "--json: {here}/0.png already exists; choose another, or add"),
+        ("--sheet {here}/0.png", "--sheet: {here}/0.png already exists; choose another, or add"),
+        ("--save-pictures {here} --force", "already exists"),
         ("--sheet {nothing}/out.png", "there is no folder"),
         ("--sheet {here}/out.jpg", "should end in .png"),
         ("--save-pictures {here}", "already exists"),
@@ -527,4 +547,40 @@ def test_a_mistake_is_told_before_anything_is_drawn(
     monkeypatch.setattr(evaluation, "draw", None)
     argv = [word.format(**paths) for word in options.split()]
     assert run("--recipe", recipe_file(tmp_path, source), *argv) == 2
-    assert told in capsys.readouterr().err
+    assert told.replace("{here}", str(here)) in capsys.readouterr().err
+
+
+def test_what_exists_is_replaced_by_force_alone(
+    source: Path, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a cache that cannot be written to harms nobody who trains nothing."""
+    table, sheet = tmp_path / "out.json", tmp_path / "sheet.png"
+    for file in (table, sheet):
+        file.write_text("mine")
+    monkeypatch.setenv("POCKET_DIFFUSION_CACHE", str(table / "cache"))
+    recipe = recipe_file(tmp_path, source, {"fold": {}})
+    argv = ["--recipe", recipe, "--prompts", prompt_file, "--captions", 1]
+    argv += ["--json", table, "--sheet", sheet]
+    assert run(*argv) == 2
+    assert table.read_text() == sheet.read_text() == "mine"
+    assert run(*argv, "--force") == 0
+    assert json.loads(table.read_text())["complete"]
+    assert np.asarray(Image.open(sheet)).shape[0] > 64
+
+
+def test_a_cache_that_cannot_be_written_to_is_told_before_the_first_row(
+    source: Path,
+    prompt_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("POCKET_DIFFUSION_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(evaluation, "draw", None)
+    listed = {"distill": {**STUDENT, "prompts": str(prompt_file)}}
+    recipe = recipe_file(tmp_path, source, listed, steps=1, guidance_scale=0.0)
+    assert run("--recipe", recipe, "--prompts", prompt_file) == 2
+    told = capsys.readouterr().err
+    assert "is no folder that can be written to" in told
+    assert "choose another POCKET_DIFFUSION_CACHE" in told

@@ -1,5 +1,6 @@
 """Channel pruning: the same share of every group goes, and what matters least of each."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mobile_runtime.errors import UserError
-from recipes import component_folder, importance, schema, stages, widths
+from recipes import component_folder, drawn, importance, schema, stages, widths
 from recipes.faults import RecipeError
 from recipes.fold import FoldedUNet
 from recipes.losses import snr_db
@@ -161,6 +162,41 @@ def test_taylor_tells_how_far_the_output_moves_without_each_head(pipeline: Any) 
             told.append(float(said[path][0]))
     assert len(told) == 20
     assert np.corrcoef(np.log(told), np.log(found))[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_what_was_moved_to_be_watched_is_moved_back(
+    raises: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    own, places = make_tiny_pipeline(), dict[int, list[str]]()
+    asked = recipe(channels(macs=0.1, samples=1))
+    settings = asked.stages[0].prune
+    assert settings is not None
+    assert settings.channels is not None
+
+    def to(self: Any, device: Any) -> Any:
+        for part in (self.unet, self.vae, self.text_encoder):
+            places.setdefault(id(part), []).append(str(device))
+        return self
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    class Elsewhere:
+        device = torch.device("cpu:0")
+
+    monkeypatch.setattr(DiffusionPipeline, "to", to)
+    monkeypatch.setattr(importance, "accelerator", Elsewhere)
+    expected: Any = contextlib.nullcontext()
+    if raises:
+        monkeypatch.setattr(drawn, "sample", broken)
+        expected = pytest.raises(RuntimeError)
+    with expected:
+        importance.taylor(own.unet, own, settings.channels, asked)
+    assert places.keys() >= {id(own.vae), id(own.text_encoder)}
+    assert {tuple(moves) for moves in places.values()} == {("cpu:0", "cpu")}
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
