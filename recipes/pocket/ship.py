@@ -35,7 +35,9 @@ def main(argv: list[str]) -> int:
     applied = stages.apply(
         open_source("embedded").pipeline, recipe, stages.changing(recipe), progress=print
     )
-    for name in (record["result"] for record in applied.records if "result" in record):
+    # What a later result supersedes, nobody needs.
+    needed = [each for each in applied.records if each.get("trained") != stages.SUPERSEDED]
+    for name in (record["result"] for record in needed if "result" in record):
         kept, shipped = work.default_cache() / name, work.SHIPPED / name
         if shipped.exists():
             print(f"{name} is there already")
