@@ -376,7 +376,10 @@ def _calibrated(
     scales = {
         plan.layer: found.static[plan.layer] for plan in plans if plan.activations == "int8_static"
     }
-    record: dict[str, Any] = {"sensitivity_db_min": min(snr_db.values(), default=None)}
+    record: dict[str, Any] = {
+        "sensitivity_db_min": min(snr_db.values(), default=None),
+        "layers_kept_by_sensitivity": 0,
+    }
     if keep:
         record["layers_kept_by_sensitivity"] = sum(
             (plan.weights, plan.activations)
