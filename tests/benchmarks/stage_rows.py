@@ -136,6 +136,7 @@ def _quantized(run: Run, changes: dict[str, Any]) -> Figures:
         "layers_static": record["layers_int8_static"],
         "layers_kept": record["layers_kept_by_sensitivity"],
         "int8_macs": record["int8_macs"],
+        "int8_macs_of_layers": record["int8_macs_of_layers"],
         "unet_snr_db": round(snr_db(before, _output(applied.pipeline, run)), 1),
     }
 
@@ -336,9 +337,10 @@ def faults(name: str, figures: Figures, run: Run) -> list[str]:
     if not isinstance(snr, str) and not snr >= ROUNDING_DB:
         found.append(f"snr_db is {snr}, should be {ROUNDING_DB} at least")
     least = {"w8a8": 0.95, "w8a8-keep": 0.9}.get(name)
-    if least and not figures["int8_macs"]["unet"] >= least:
-        found.append(f"int8_macs of the UNet are {figures['int8_macs']['unet']}, below {least}")
-    if name == "channels" and not abs(figures.get("macs_gone", 0.4) - 0.4) <= 0.03:
+    shares = figures.get("int8_macs_of_layers", {})
+    if least and not shares.get("unet", 0) >= least:
+        found.append(f"int8_macs_of_layers of the UNet are {shares.get('unet')}, below {least}")
+    if name == "channels" and not abs(figures["macs_gone"] - 0.4) <= 0.03:
         found.append(f"macs_gone is {figures['macs_gone']}, should be near 0.4")
     return found
 
