@@ -107,7 +107,11 @@ def test_the_recipe_that_is_converted_is_the_shipped_one_without_its_training(
         ("fold", {"parameters_less": 27_855_360, "snr_db": 99.0}, "snr_db is 99.0"),
         ("fold", {"parameters_less": 27_855_360, "snr_db": float("nan")}, "snr_db is nan"),
         ("fold", {"parameters_less": 0, "snr_db": 140.0}, "parameters_less is 0"),
-        ("w8a8", {"int8_macs": {"unet": 0.5}}, "int8_macs of the UNet are 0.5, below 0.95"),
+        (
+            "w8a8",
+            {"int8_macs_of_layers": {"unet": 0.5}},
+            "int8_macs_of_layers of the UNet are 0.5, below 0.95",
+        ),
         ("convert", {"exit_code": 0, "verdict": "fail"}, "verdict is fail, should be pass"),
         ("output", {"optimizer_steps": 19, "finite": True}, "optimizer_steps is 19"),
         ("channels", {"macs_gone": 0.2, "finite": True}, "macs_gone is 0.2"),
