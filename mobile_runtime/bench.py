@@ -1,14 +1,17 @@
 """How long a bundle's models and pictures take here, alone or beside another bundle's.
 
-Two bundles take turns call by call, in an order that changes at random, so that a machine that gets
-hotter or busier hits both alike. Each round gives one ratio; the median of them is told with an
-interval in which it lies with 95 % (a bootstrap over the rounds: Efron, 1979).
+Two bundles take turns call by call, in an order that changes at random, so that a machine that
+gets hotter or busier hits both alike. After half of the rounds both are loaded anew, the other one
+first: where its weights come to lie makes a model up to a twentieth slower or faster. Each round
+gives one ratio; their middle is told with an interval in which it lies with 95 % (a bootstrap over
+the rounds: Efron, 1979).
 """
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,9 @@ from mobile_runtime.report import PIPELINE, check_writable
 
 BOOTSTRAPS = 2000
 ROUNDS = 20
+PAUSE_S = 0.05
+"""Before each call, where there are several: a runtime's threads go on spinning for a while after
+its last one (ONNX Runtime's do), and would take the other's cores."""
 
 
 class Call:
@@ -71,16 +77,24 @@ class Ratio:
     high: float
 
 
-def ratio_of(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Ratio:
-    """The ratio of paired times, second over first."""
-    ratios = np.asarray(second, float) / np.asarray(first, float)
-    drawn = np.random.default_rng(seed).choice(ratios, (BOOTSTRAPS, len(ratios)))
-    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+def ratio_of(blocks: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int = 0) -> Ratio:
+    """The ratio of paired times, second over first: the geometric mean of the blocks' medians."""
+    rng = np.random.default_rng(seed)
+    logs, drawn = [], []
+    for first, second in blocks:
+        ratios = np.log(np.asarray(second, float) / np.asarray(first, float))
+        logs.append(float(np.median(ratios)))
+        drawn.append(np.median(rng.choice(ratios, (BOOTSTRAPS, len(ratios))), axis=1))
+    low, high = np.percentile(np.mean(drawn, axis=0), (2.5, 97.5))
+    return Ratio(*(math.exp(value) for value in (float(np.mean(logs)), float(low), float(high))))
 
 
 def alternate(
-    calls: Sequence[Call], rounds: int, clock: Clock = time.perf_counter, seed: int = 0
+    calls: Sequence[Call],
+    rounds: int,
+    clock: Clock = time.perf_counter,
+    seed: int = 0,
+    pause: Callable[[float], None] = time.sleep,
 ) -> list[Timing]:
     """Time each of the calls once a round, in an order of its own, after two that warm up."""
     first = [call.milliseconds(clock) for call in calls]
@@ -91,11 +105,34 @@ def alternate(
     rng = np.random.default_rng(seed)
     for _ in range(rounds):
         for index in rng.permutation(len(calls)):
+            if len(calls) > 1:
+                pause(PAUSE_S)
             times[index].append(calls[index].milliseconds(clock))
     return [
         Timing(load_ms=call.load_ms, first_ms=one, warm_up=WARM_UP, times_ms=tuple(own))
         for call, one, own in zip(calls, first, times, strict=True)
     ]
+
+
+def _block(
+    bundles: Sequence[Bundle],
+    names: Sequence[str],
+    part: str,
+    options: dict[str, Any],
+    turn: int,
+    rounds: int,
+) -> list[Timing]:
+    """Half of the rounds; at turn 1 the last bundle is loaded first. In the bundles' order."""
+    order = list(range(len(bundles)))[:: -1 if turn else 1]
+    loaded = {k: Call(bundles[k], part, names[k], options) for k in order}
+    calls = [loaded[k] for k in range(len(bundles))]
+    return alternate(calls, (rounds + 1 - turn) // 2, seed=turn)
+
+
+def _joined(timings: Sequence[Timing]) -> Timing:
+    """The times of several blocks as one; loading and first call are the first block's."""
+    times = tuple(ms for timing in timings for ms in timing.times_ms)
+    return timings[0].model_copy(update={"times_ms": times})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,8 +168,8 @@ def run(args: argparse.Namespace) -> int:
     rows, told = [], []
     # disable=None: no bar where the output is not a terminal.
     for part in tqdm([*shared, PIPELINE], disable=None, delay=2, leave=False):
-        calls = [Call(b, part, name, options) for b, name in zip(bundles, names, strict=True)]
-        timings = alternate(calls, args.rounds)
+        blocks = [_block(bundles, names, part, options, turn, args.rounds) for turn in (0, 1)]
+        timings = [_joined([block[k] for block in blocks]) for k in range(len(bundles))]
         found = [summary(part, name, t) for name, t in zip(names, timings, strict=True)]
         for path, latency in zip(args.bundles, found, strict=True):
             assert latency is not None
@@ -142,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
             )
         entry: dict[str, Any] = {"part": part, "timings": [t.model_dump() for t in timings]}
         if len(timings) == 2:
-            ratio = ratio_of(timings[0].times_ms, timings[1].times_ms)
+            ratio = ratio_of([(first.times_ms, second.times_ms) for first, second in blocks])
             entry["ratio"] = ratio.__dict__
             rows.append(
                 f"{'':14}the second takes {ratio.median:.3f} times as long "
