@@ -25,6 +25,17 @@ def save(component: Any, folder: Path) -> None:
     open_to_others(folder)
 
 
+def attend_as_opened(unet: Any) -> None:
+    """Give a UNet the attention that it has when it is opened from a folder.
+
+    diffusers' own `set_default_attn_processor` gives it the older one, whose export is slower and
+    holds a table of zeros for each attention.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    unet.set_attn_processor(AttnProcessor2_0())
+
+
 def load(folder: Path) -> Any:
     """Open what `save` wrote: a module in float32, ready to compute, or a scheduler."""
     import diffusers

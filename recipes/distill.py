@@ -31,6 +31,7 @@ from torch import nn
 from mobile_runtime.errors import UserError
 from mobile_runtime.report import check_writable
 from recipes import drawn, low_rank, prompts, widths
+from recipes.component_folder import attend_as_opened
 from recipes.losses import (
     Denoise,
     Noise,
@@ -127,7 +128,7 @@ def run(pipeline: Any, settings: DistillSettings, work: Work) -> Outcome:
             low_rank.save(student, work.folder)
         lora = {"lora": {"rank": settings.lora_rank, "layers": len(low_rank.layers(student))}}
         student = low_rank.fused(student, pipeline.unet)
-    student.set_default_attn_processor()
+    attend_as_opened(student)
     student.requires_grad_(False)
     record = {
         "method": settings.method,

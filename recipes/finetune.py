@@ -18,6 +18,7 @@ import torch
 
 from mobile_runtime.errors import UserError
 from recipes import drawn, fold, prompts, quantize
+from recipes.component_folder import attend_as_opened
 from recipes.losses import snr_db
 from recipes.measure import latent_size, share_structure, with_modules
 from recipes.schedulers import choose_scheduler
@@ -154,7 +155,7 @@ class _Lesson:
         tuned = train(Job("finetune", student, loss, settings, work.folder, work.key, self.show))
         if settings.gradient_checkpointing:
             tuned.disable_gradient_checkpointing()
-        tuned.set_default_attn_processor()
+        attend_as_opened(tuned)
         return tuned
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from mobile_runtime.errors import UserError
 from mobile_runtime.parity import picture_psnr_db
 from recipes import drawn, prompts
+from recipes.component_folder import attend_as_opened
 from recipes.decoder import picture_loss
 from recipes.losses import Noise, check_fit
 from recipes.measure import latent_size, vae_factor, with_modules
@@ -90,7 +91,7 @@ def run(pipeline: Any, settings: ResolutionSettings, work: Work) -> Outcome:
     finally:
         pipeline.to("cpu")
         work.teacher.to("cpu")
-    unet.set_default_attn_processor()
+    attend_as_opened(unet)
     unet.requires_grad_(False)
     vae = lesson.vae.to("cpu").requires_grad_(False)
     return Outcome(with_modules(pipeline, {"unet": unet, "vae": vae}), record=record)

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from tqdm import tqdm
 
+from recipes.component_folder import attend_as_opened
 from recipes.pocket.captions import caption
 from recipes.pocket.evaluate import GUIDANCE, sample_scenes, score, shares
 from recipes.pocket.sampling import Parts, generate
@@ -183,7 +184,7 @@ def train_unet(
     average = fit(stage, folder, stop_after)
     if average:
         unet.load_state_dict(average.values)
-    unet.set_default_attn_processor()
+    attend_as_opened(unet)
     unet.eval()
 
 

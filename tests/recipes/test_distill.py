@@ -91,6 +91,21 @@ def test_a_student_is_trained_kept_and_found_again(
     assert options[0] == options[1]
 
 
+def test_a_fresh_student_has_the_attention_of_one_that_is_opened(
+    prompts: Path, tmp_path: Path
+) -> None:
+    """Or its export would hold other operations than that of the same student, found again."""
+    asked = listed(prompts, student(prompts))
+    fresh, found = (
+        stages.apply(make_tiny_pipeline(), asked, cache=tmp_path).pipeline.unet for _ in range(2)
+    )
+    kinds = [
+        {name: type(processor) for name, processor in unet.attn_processors.items()}
+        for unet in (fresh, found)
+    ]
+    assert kinds[0] == kinds[1]
+
+
 def test_blocks_learn_from_the_said_half_of_a_guided_teacher(prompts: Path, tmp_path: Path) -> None:
     asked = recipe(prompts, method="output", feature_weight=1.0, guidance=2.0, iterations=1)
     applied = stages.apply(make_tiny_pipeline(), asked, cache=tmp_path)
