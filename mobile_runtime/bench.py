@@ -164,10 +164,18 @@ def run(args: argparse.Namespace) -> int:
         if name == "mil":
             raise UserError("the interpreter of ML programs says nothing about speed; use a Mac")
     parts = [entry.name for entry in bundles[0].manifest.components]
-    shared = [part for part in parts if all(b.manifest.component(part) for b in bundles)]
+    shared: list[str] = [
+        part
+        for part in parts
+        if all(b.manifest.component(part) and b.manifest.golden.cases.get(part) for b in bundles)
+    ]
+    if all(b.manifest.golden.prompts for b in bundles):
+        shared.append(PIPELINE)
+    if not shared:
+        raise UserError("the bundles hold no golden inputs to be timed on; convert them again")
     rows, told = [], []
     # disable=None: no bar where the output is not a terminal.
-    for part in tqdm([*shared, PIPELINE], disable=None, delay=2, leave=False):
+    for part in tqdm(shared, disable=None, delay=2, leave=False):
         blocks = [_block(bundles, names, part, options, turn, args.rounds) for turn in (0, 1)]
         timings = [_joined([block[k] for block in blocks]) for k in range(len(bundles))]
         found = [summary(part, name, t) for name, t in zip(names, timings, strict=True)]

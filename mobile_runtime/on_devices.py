@@ -13,6 +13,7 @@ from typing import Any
 from mobile_runtime import devices
 from mobile_runtime.backends import default_backend
 from mobile_runtime.bundle import Bundle
+from mobile_runtime.cache import cache_root
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S, Device, Troubles, Work
 from mobile_runtime.devices.folder import FolderDevice
 from mobile_runtime.errors import UserError
@@ -21,7 +22,7 @@ from mobile_runtime.judge import Judged, component_runs, judge_result
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.report import DeviceRun, Report
 from mobile_runtime.runs import ComponentRun, NoRun, Runtime
-from mobile_runtime.validate import report_of
+from mobile_runtime.validate import UNTIMED, report_of, told_elsewhere
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,6 @@ class Asked:
     prompts: int | None = None
     repeats: int = 10
     timeout_s: float = DEFAULT_TIMEOUT_S
-
-
-def cache() -> Path:
-    """Where jobs and results of unfinished runs lie: `$POCKET_DIFFUSION_CACHE`/jobs."""
-    root = os.environ.get("POCKET_DIFFUSION_CACHE")
-    home = Path(root) if root else Path.home() / ".cache" / "pocket-diffusion"
-    return home / "jobs"
 
 
 def validate_on(
@@ -54,24 +48,36 @@ def validate_on(
     is kept, and the next validation asks it for the rest. UserError for an unknown device.
     """
     chosen = [devices.find(name) for name in names]
-    backend = asked.backend or default_backend(bundle.manifest.target)
     judged, ran = Judged(), list[DeviceRun]()
-    for device in chosen:
-        runtime = Runtime(
-            backend, bundle.manifest.arithmetic, asked.options or {}, device=device.name
-        )
+    runtimes = [_runtime(bundle, device, asked) for device in chosen]
+    for device, runtime in zip(chosen, runtimes, strict=True):
         found, facts = _on(bundle, device, runtime, asked, tell)
         judged.add(found)
         ran += [facts] if facts else []
+    left_out = len(bundle.manifest.golden.prompts) - len(_prompts(bundle, asked))
+    judged.checks += told_elsewhere(bundle, runtimes, left_out)
     return report_of(bundle, judged, ran)
+
+
+def _runtime(bundle: Bundle, device: Device, asked: Asked) -> Runtime:
+    """The runtime that is asked of a device; the interpreter computes in what the package does."""
+    backend = asked.backend or default_backend(bundle.manifest.target)
+    options = dict(asked.options or {})
+    if backend == "mil":
+        options.setdefault("arithmetic", bundle.manifest.arithmetic)
+    arithmetic = options.get("arithmetic", bundle.manifest.arithmetic)
+    return Runtime(backend, arithmetic, options, device=device.name)
+
+
+def _prompts(bundle: Bundle, asked: Asked) -> list[int]:
+    return list(range(len(bundle.manifest.golden.prompts)))[: asked.prompts]
 
 
 def run_on(
     bundle: Bundle, device: Device, asked: Asked
 ) -> tuple[Runtime, dict[ComponentName, ComponentRun | NoRun]]:
     """What each component gave on a device, unjudged."""
-    backend = asked.backend or default_backend(bundle.manifest.target)
-    runtime = Runtime(backend, bundle.manifest.arithmetic, asked.options or {}, device=device.name)
+    runtime = _runtime(bundle, device, asked)
     with _done(bundle, device, runtime, asked, lambda text: None) as (result, troubles):
         return runtime, component_runs(result, troubles)
 
@@ -110,24 +116,31 @@ def _place(bundle: Bundle, runtime: Runtime, asked: Asked) -> Path:
     request = repr((runtime, asked.prompts, asked.repeats))
     key = hashlib.sha256(f"{bundle.manifest_sha256} {request}".encode()).hexdigest()[:16]
     words = re.sub(r"[^a-z0-9]+", "-", (runtime.device or "").lower()).strip("-")
-    return cache() / f"{words[:40]}-{key}"
+    return cache_root() / "jobs" / f"{words[:40]}-{key}"
 
 
 def _job(bundle: Bundle, folder: Path, runtime: Runtime, asked: Asked) -> Job:
-    """The job that lies there, or a new one."""
+    """The job that lies there, or a new one. UserError where it is not what is asked for."""
+    prompts = _prompts(bundle, asked)
+    repeats = 0 if runtime.backend in UNTIMED else asked.repeats
     if folder.exists():
         try:
             job, _ = open_job(folder)
         except UserError:
             job = None
-        if job is not None and job.manifest_sha256 == bundle.manifest_sha256:
-            return job
-        raise UserError(
-            f"{folder} is damaged, or the job of another bundle; remove it, or choose another "
-            "folder"
-        )
-    total = len(bundle.manifest.golden.prompts)
-    prompts = range(total if asked.prompts is None else min(total, asked.prompts))
+        if job is None or job.manifest_sha256 != bundle.manifest_sha256:
+            raise UserError(
+                f"{folder} is damaged, or the job of another bundle; remove it, or choose another "
+                "folder"
+            )
+        there = (job.backend, job.options, [task.index for task in job.prompts])
+        same_repeats = all(task.repeats == repeats for task in job.components)
+        if there != (runtime.backend, runtime.options, prompts) or not same_repeats:
+            raise UserError(
+                f"{folder} is a job with another --backend, --option, --prompts or --repeats; ask "
+                "for the same, or choose another folder"
+            )
+        return job
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     job = make_job(
@@ -136,7 +149,7 @@ def _job(bundle: Bundle, folder: Path, runtime: Runtime, asked: Asked) -> Job:
         runtime.backend,
         runtime.options,
         prompts=prompts,
-        repeats=asked.repeats,
+        repeats=repeats,
     )
     partial.rename(folder)
     return job

@@ -104,7 +104,7 @@ def validate(
         runs = draw_here(bundle, chosen[-1], wanted, repeats=repeats, step=step)
         judged.add(judge_prompts(bundle, chosen[-1], runs))
     left_out = len(manifest.golden.prompts) - len(wanted)
-    judged.checks += _not_run(bundle, chosen, left_out)
+    judged.checks += told_elsewhere(bundle, chosen, left_out)
     return report_of(bundle, judged)
 
 
@@ -171,7 +171,7 @@ def report_of(bundle: Bundle, judged: Judged, devices: Sequence[DeviceRun] = ())
     )
 
 
-def _not_run(bundle: Bundle, chosen: list[Runtime], left_out: int) -> list[Check]:
+def told_elsewhere(bundle: Bundle, chosen: Sequence[Runtime], left_out: int) -> list[Check]:
     """What was not run and does not decide the verdict: told, so that nobody takes it as done."""
 
     def tell(component: str, runtime: str, reason: str) -> Check:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mobile_runtime.cache import VARIABLE, cache_root
 from mobile_runtime.errors import UserError, missing_backend
 from mobile_runtime.manifest import LayerPlan
 from recipes import component_folder, prompts
@@ -39,12 +40,8 @@ key, so that those results are still found."""
 
 
 def default_cache() -> Path:
-    """`$POCKET_DIFFUSION_CACHE`, else a folder in the user's cache folder."""
-    named = os.environ.get("POCKET_DIFFUSION_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "pocket_diffusion" / "stages"
+    """`$POCKET_DIFFUSION_CACHE` itself, else a folder in the user's cache folder."""
+    return cache_root() if os.environ.get(VARIABLE) else cache_root() / "stages"
 
 
 def kept_at(result: str) -> Path:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+from mobile_runtime.cache import cache_root
 from mobile_runtime.devices.processes import ProcessDevice
 from mobile_runtime.errors import UserError
 
@@ -41,10 +42,8 @@ DONE = "done.json"
 
 
 def folder() -> Path:
-    """Where it lies: `$POCKET_DIFFUSION_CACHE`/arm64, else in the user's cache folder."""
-    root = os.environ.get("POCKET_DIFFUSION_CACHE")
-    home = Path(root) if root else Path.home() / ".cache" / "pocket-diffusion"
-    return home / "arm64"
+    """Where it lies."""
+    return cache_root() / "arm64"
 
 
 class Arm64Device(ProcessDevice):

@@ -2,7 +2,7 @@
 
 It needs a Python of 3.11 or later with this project's dependencies and the runtime that is asked
 for; the project's own code goes there with the job. What is sent lies below
-~/.cache/pocket-diffusion there: the code and the bundles stay for the next time. Each task's result
+~/.cache/pocket_diffusion there: the code and the bundles stay for the next time. Each task's result
 is fetched as soon as it is done, so that a computer that vanishes takes nothing along.
 """
 
@@ -34,7 +34,7 @@ COMMAND = "POCKET_DIFFUSION_SSH_COMMAND"
 PATIENCE = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 NEEDED = ("numpy", "pydantic", "safetensors", "tqdm", "regex")
-ROOT = ".cache/pocket-diffusion"
+ROOT = ".cache/pocket_diffusion"
 CONNECTION_LOST = 255
 SHOWN_LETTERS = 300
 POLL_S = 0.2

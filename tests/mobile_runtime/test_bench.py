@@ -13,6 +13,7 @@ from mobile_runtime.__main__ import main
 from mobile_runtime.bench import alternate, ratio_of
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import run_cli
+from mobile_runtime.manifest import Manifest
 from tests.bundles import make_bundle
 
 
@@ -106,3 +107,15 @@ def test_a_wrong_request_is_told(argv: list[str], told: str, bundle: Bundle, cap
     assert told in capsys.readouterr().err
     assert run_cli(main, ["bench", *[str(bundle.path)] * 3]) == 2
     assert "one bundle, or two" in capsys.readouterr().err
+
+
+def test_bundles_without_golden_inputs_are_told(tmp_path: Path, capsys: Any) -> None:
+    def bare(manifest: Manifest) -> Manifest:
+        golden = manifest.golden.model_copy(
+            update={"cases": {}, "prompts": (), "conditioning_pairs": ()}
+        )
+        return manifest.model_copy(update={"golden": golden})
+
+    empty = make_bundle(tmp_path / "bundle", change_manifest=bare)
+    assert run_cli(main, ["bench", str(empty.path)]) == 2
+    assert "hold no golden inputs" in capsys.readouterr().err

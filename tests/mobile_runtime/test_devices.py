@@ -16,6 +16,7 @@ from mobile_runtime.devices.processes import ProcessDevice
 from mobile_runtime.errors import UserError, run_cli
 from mobile_runtime.job_runner import run_job
 from mobile_runtime.jobs import Result, open_job
+from mobile_runtime.manifest import Manifest
 from mobile_runtime.on_devices import Asked, validate_on
 from mobile_runtime.report import Report
 from tests.bundles import make_bundle
@@ -314,6 +315,44 @@ def test_a_folder_with_the_job_of_another_bundle_is_refused(copied: Path, tmp_pa
     other = make_bundle(tmp_path / "other", steps=(2,))
     with pytest.raises(UserError, match="is damaged, or the job of another bundle"):
         told(other, copied)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Asked(options={"threads": 2}, repeats=2),
+        Asked(options={"threads": 1}, repeats=3),
+        Asked(options={"threads": 1}, repeats=2, prompts=1),
+        Asked(backend="mil", options={"threads": 1}, repeats=2),
+    ],
+)
+def test_a_folder_with_a_job_of_another_request_is_refused(
+    other: Asked, bundle: Bundle, copied: Path
+) -> None:
+    """Or the report would name options that nobody ran with."""
+    with pytest.raises(UserError, match="is a job with another --backend, --option"):
+        validate_on(bundle, [f"folder:{copied}"], other)
+
+
+def test_the_interpreter_is_judged_and_run_in_the_packages_own_arithmetic(tmp_path: Path) -> None:
+    def half(manifest: Manifest) -> Manifest:
+        return manifest.model_copy(update={"target": "coreml", "arithmetic": "float16"})
+
+    bundle = make_bundle(tmp_path / "bundle", change_manifest=half)
+    asked = Asked(backend="mil")
+    runtime = on_devices._runtime(bundle, devices.find("local"), asked)
+    assert (runtime.arithmetic, runtime.options) == ("float16", {"arithmetic": "float16"})
+    job = on_devices._job(bundle, tmp_path / "job", runtime, asked)
+    assert {task.repeats for task in job.components} == {0}  # its times say nothing
+    single = Asked(backend="mil", options={"arithmetic": "float32"})
+    runtime = on_devices._runtime(bundle, devices.find("local"), single)
+    assert runtime.arithmetic == "float32"  # and has float32's gate
+
+
+def test_prompts_that_are_left_out_are_told(bundle: Bundle) -> None:
+    report = validate_on(bundle, ["local"], Asked(options={"threads": 1}, repeats=0, prompts=1))
+    assert report.verdict == "pass"
+    assert "golden prompts left out" in report.summary
 
 
 def test_several_devices_are_in_one_report(bundle: Bundle, copied: Path) -> None:
