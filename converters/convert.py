@@ -2,7 +2,7 @@
 
 import gc
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from converters import components, golden, palette_plan, rewrites, support
+from converters import components, golden, palette_plan, rewrites, support, taps
 from converters.components import Component
 from converters.progress import Progress
 from converters.schedule import compile_schedule
+from mobile_runtime import taps as tapping
 from mobile_runtime.bundle import Bundle, BundleWriter
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import (
@@ -124,6 +125,7 @@ def convert(request: Request, progress: Progress) -> Bundle:
             gc.collect()
 
         progress("write the bundle")
+        vectors = vectors.model_copy(update={"taps": _tapped(recipe.components, writer.path)})
         return writer.commit(
             Manifest(
                 name=recipe.name,
@@ -291,11 +293,18 @@ def _lower(
     progress(f"export {component.name}")
     rewritten = replace(component, module=rewrites.apply(component.module, target.REWRITES))
     program = components.export(rewritten)
+    progress(f"run {component.name} operator by operator")
+    seen = taps.computed(program, [inputs[0][spec.name] for spec in component.inputs])
     progress(f"lower {component.name}")
     with writer.scratch():
         lowered = target.lower(rewritten, program, writer.path, options, progress.detail)
     del program, rewritten
     details = dict(lowered.details)
+    if lowered.watch:
+        progress(f"look inside {component.name}")
+        found = taps.record(component, seen, inputs[0], lowered.path, lowered.watch)
+        tapping.write(found, writer.path / tapping.path_of(component.name))
+        details["taps"] = {"found": len(found.taps), "operators": len(seen)}
     if any(plan.activations != "none" for plan in mine):
         progress(f"check {component.name} layer by layer")
         details["layer_snr_db"] = target.layer_check(component, inputs[0], options, progress.detail)
@@ -311,6 +320,12 @@ def _lower(
         bytes=size_bytes(lowered.path),
         details=details,
     )
+
+
+def _tapped(names: Iterable[ComponentName], folder: Path) -> dict[ComponentName, str]:
+    """Where the taps of each component lie that has any."""
+    paths = {name: tapping.path_of(name) for name in names}
+    return {name: path for name, path in paths.items() if (folder / path).is_file()}
 
 
 def _scheme_of(plans: list[LayerPlan], scheme: support.Scheme) -> str:

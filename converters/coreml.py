@@ -29,7 +29,7 @@ from converters import coreml_int4
 from converters.components import Component
 from converters.coreml_palettes import check_stored, pass_pipeline
 from converters.layer_check import layer_check as layers_alone
-from converters.lowered import Lowered
+from converters.lowered import Lowered, Watch
 from converters.palettes import Palette
 from converters.support import Scheme
 from mobile_runtime.backends.mil import Program
@@ -183,7 +183,9 @@ def lower(
         "kept_in_float32": sorted(options.float32),
         **_read_back(path, component, integers, palettes),
     }
-    return Lowered(path, "mlpackage", details)
+    kinds = ("float32", "float16") if options.compute_precision == "float16" else ("float32",)
+    watch = Watch("mil", None, {kind: {"arithmetic": kind} for kind in kinds})
+    return Lowered(path, "mlpackage", details, watch)
 
 
 def layer_check(

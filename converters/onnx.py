@@ -27,7 +27,7 @@ from converters import components as exporting
 from converters import onnx_int4
 from converters.components import Component
 from converters.layer_check import layer_check as layers_alone
-from converters.lowered import Lowered
+from converters.lowered import Lowered, Watch
 from converters.support import Scheme
 from mobile_runtime.errors import UserError, choices, missing_backend
 from recipes import measure
@@ -134,6 +134,8 @@ def lower(
         "int4_weights": int4_weights,
         "session_options": EXACT_SESSION,
     }
+    names = tuple(value.name or "" for node in model.graph for value in node.outputs)
+    watch = Watch("onnxruntime", names, {options.precision: {}})
     del model, translated
     progress("check the file")
     _check_file(path, component, external)
@@ -142,7 +144,8 @@ def lower(
         path = _to_ort(path, folder)
         details["op_kinds"] = _ort_op_kinds(path)
         details["note"] = "model.ort in place of model.onnx: for ONNX Runtime, not for Optimum"
-    return Lowered(path, path.suffix[1:], details)
+        return Lowered(path, path.suffix[1:], details)
+    return Lowered(path, path.suffix[1:], details, watch)
 
 
 def layer_check(

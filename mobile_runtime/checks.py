@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mobile_runtime import taps
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.goldens import Arrays, Case, golden_cases
 from mobile_runtime.manifest import ComponentName
@@ -86,6 +87,32 @@ def check_component(
     if quantized_layers(bundle, component):
         checks.append(_layers(tell, bundle, component))
     return checks
+
+
+def failed(checks: Sequence[Check]) -> bool:
+    """Whether any gated check failed."""
+    return any(check.gated and check.status == "fail" for check in checks)
+
+
+def check_first_layer(bundle: Bundle, component: ComponentName, runtime: Runtime) -> Check:
+    """Look inside a component for the first layer that diverges from PyTorch's (taps.py)."""
+    tell = Teller(component, runtime.label)
+    figures = taps.measure(bundle, component, runtime)
+    if isinstance(figures, NoRun):
+        reason = f"the first layer that diverges: {figures.reason}"
+        return tell("first_layer", "not_run", reason).model_copy(update={"gated": False})
+    first = taps.first_that_diverges(figures)
+    if first is None:
+        reason = f"all {len(figures)} values inside are as they were at conversion"
+        return tell("first_layer", "not_gated", reason)
+    return tell(
+        "first_layer",
+        "fail",
+        f"the first layer that diverges is {taps.tell(first, runtime.arithmetic)}",
+        value=finite(first.snr_db),
+        unit="dB",
+        details={"layer": first.tap.layer, "op": first.tap.op},
+    )
 
 
 def _same_function(

@@ -185,6 +185,9 @@ class Golden(Strict):
     )
     pipeline: RelativePath
     prompts: tuple[GoldenPrompt, ...]
+    taps: dict[ComponentName, RelativePath] = Field(
+        default={}, description="what is known of the values inside (mobile_runtime/taps.py)"
+    )
 
     @model_validator(mode="after")
     def _cases_are_there(self) -> "Golden":

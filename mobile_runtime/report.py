@@ -30,6 +30,7 @@ Kind = Literal[
     "repeat",  # the same input twice gives the same bits
     "conditioning",  # the prompt changes the UNet's output as it changes the reference
     "layers_at_conversion",  # quantized layers on the same inputs; recorded, not measured again
+    "first_layer",  # where something is wrong: the first layer that diverges
     "tokens",  # prompt to ids
     "noise",  # seed to noise
     "trajectory",  # latents by step
@@ -135,7 +136,7 @@ def conclude(checks: tuple[Check, ...]) -> tuple[Verdict, str]:
     gated = [check for check in checks if check.gated]
     failed = next((check for check in gated if check.status == "fail"), None)
     if failed is not None:
-        return "fail", f"{_place(failed)} failed: {failed.reason}"
+        return "fail", f"{_place(failed)} failed: {failed.reason}{_first_layer(failed, gated)}"
     ran = any(check.kind == "outputs" and check.status == "pass" for check in gated)
     missing = next((check for check in gated if check.status != "pass"), None)
     if missing is not None:
@@ -147,6 +148,13 @@ def conclude(checks: tuple[Check, ...]) -> tuple[Verdict, str]:
     ungated = _not_gated(checks)
     note += f"; not gated: {', '.join(ungated)}" if ungated else ""
     return "pass", f"All {len(gated)} gated checks passed{note}"
+
+
+def _first_layer(failed: Check, gated: Sequence[Check]) -> str:
+    """Where inside the component that failed, if that was found; else where inside any."""
+    found = [check for check in gated if check.kind == "first_layer"]
+    mine = [c for c in found if (c.component, c.runtime) == (failed.component, failed.runtime)]
+    return "".join(f"; {check.reason}" for check in (mine or found)[:1])
 
 
 def _not_gated(checks: tuple[Check, ...]) -> list[str]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from mobile_runtime import backends, baseline, report_markdown
 from mobile_runtime.bundle import Bundle
+from mobile_runtime.checks import check_first_layer, failed
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.goldens import golden_cases, prompt_case
@@ -100,9 +101,18 @@ def validate(
         for entry in manifest.components:
             for runtime in chosen:
                 run = run_here(bundle, entry.name, runtime, repeats=repeats, step=step)
-                judged.add(judge_component(bundle, entry.name, runtime, run))
+                found = judge_component(bundle, entry.name, runtime, run)
+                if failed(found.checks):
+                    step(f"{entry.name} in {runtime.label}: look inside")
+                    found.checks.append(check_first_layer(bundle, entry.name, runtime))
+                judged.add(found)
         runs = draw_here(bundle, chosen[-1], wanted, repeats=repeats, step=step)
-        judged.add(judge_prompts(bundle, chosen[-1], runs))
+        drawn = judge_prompts(bundle, chosen[-1], runs)
+        if failed(drawn.checks) and not failed(judged.checks):
+            for entry in manifest.components:
+                step(f"{entry.name} in {chosen[-1].label}: look inside")
+                judged.checks.append(check_first_layer(bundle, entry.name, chosen[-1]))
+        judged.add(drawn)
     left_out = len(manifest.golden.prompts) - len(wanted)
     judged.checks += told_elsewhere(bundle, chosen, left_out)
     return report_of(bundle, judged)

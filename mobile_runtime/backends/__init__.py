@@ -7,7 +7,8 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, np.ndarray]
 Runner = Callable[[Arrays], Arrays]
+Observer = Callable[[str, np.ndarray], None]
+"""Called with the name and the value of what is inside a model; to be copied if it is kept."""
 
 # Each module has load(bundle, component, **options) -> Runner and imports its library inside.
 BACKENDS = {
@@ -37,6 +40,9 @@ FORMATS = {
     "mil": ("mlpackage",),
     "onnxruntime": ("onnx", "ort"),
 }
+
+# Those that can show the values inside a model, by a function `watch`, and of which formats.
+WATCHABLE = {"mil": ("mlpackage",), "onnxruntime": ("onnx",)}
 
 
 def default_backend(target: str) -> str:
@@ -70,6 +76,24 @@ def load(bundle: "Bundle", component: str, *, backend: str | None = None, **opti
         return runner(feeds)
 
     return checked
+
+
+def watch(
+    path: Path,
+    backend: str,
+    feeds: Arrays,
+    wanted: Mapping[str, int],
+    outputs: Collection[str],
+    observe: Observer,
+    **options: Any,
+) -> None:
+    """Run a model of a WATCHABLE format and show the values inside it that are asked for.
+
+    wanted: their names and how many elements each has. outputs: the names of the model's own
+    outputs. options: as of `load`.
+    """
+    module = importlib.import_module(BACKENDS[backend])
+    module.watch(path, feeds, wanted, outputs, observe, **options)
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """ONNX Runtime: `.onnx` and `.ort` files."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from mobile_runtime.backends import Arrays, Runner
+from mobile_runtime.backends import Arrays, Observer, Runner
 from mobile_runtime.errors import BundleError, choices, missing_backend
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 # More than any machine has cores; beyond it the runtime starts threads until the system refuses.
 MAX_THREADS = 1024
+# How many bytes of values inside a model are held at a time.
+WATCHED_BYTES = 2**30
 
 
 def load(
@@ -40,13 +43,7 @@ def load(
     for provider in providers:
         if provider not in available:
             raise choices("execution provider", provider, available)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Errors are raised; warnings about a graph's names are of no use to the caller.
-    options.log_severity_level = 3
-    if exact:
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        options.add_session_config_entry("session.qdqisint8allowed", "1")
+    options = _session_options(exact, threads)
     path = bundle.file(bundle.component(component).path)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
@@ -58,3 +55,83 @@ def load(
         return dict(zip(names, session.run(names, feeds), strict=True))
 
     return run
+
+
+def watch(
+    path: Path,
+    feeds: Arrays,
+    wanted: Mapping[str, int],
+    outputs: Collection[str],
+    observe: Observer,
+    *,
+    exact: bool = True,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    threads: int = 0,
+) -> None:
+    """Run an `.onnx` file and show values inside it; they are taken out as outputs, some at a time.
+
+    wanted: names of values and how many elements each has. outputs: the model's own. An operator
+    whose value is taken out is not fused with the next one, so a last bit may differ from a run
+    without.
+    """
+    import onnxruntime
+
+    model = path.read_bytes()
+    for names in _portions(wanted):
+        options = _session_options(exact, threads)
+        # Weights beside the model are looked for there, not in the working directory.
+        folder = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder, str(path.parent))
+        inside = [name for name in names if name not in outputs]
+        session = onnxruntime.InferenceSession(
+            model + _more_outputs(inside), options, providers=list(providers)
+        )
+        for name, value in zip(names, session.run(names, feeds), strict=True):
+            observe(name, value)
+
+
+def _session_options(exact: bool, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Errors are raised; warnings about a graph's names are of no use to the caller.
+    options.log_severity_level = 3
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
+    return options
+
+
+def _portions(wanted: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names, so many at a time that their float32 values fit into WATCHED_BYTES."""
+    portion: list[str] = []
+    held = 0
+    for name, elements in wanted.items():
+        if portion and held + 4 * elements > WATCHED_BYTES:
+            yield portion
+            portion, held = [], 0
+        portion.append(name)
+        held += 4 * elements
+    if portion:
+        yield portion
+
+
+def _more_outputs(names: Sequence[str]) -> bytes:
+    """What makes values of a model its outputs, put behind the model's bytes.
+
+    Protocol Buffers merge messages that stand one after the other, and add up repeated fields:
+    in onnx.proto ModelProto.graph is field 7, GraphProto.output 12, ValueInfoProto.name 1.
+    """
+    outputs = b"".join(_field(12, _field(1, name.encode())) for name in names)
+    return _field(7, outputs)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A length-delimited field in Protocol Buffers' wire format."""
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(number: int) -> bytes:
+    low = number & 0x7F
+    return bytes([low]) if number < 0x80 else bytes([low | 0x80]) + _varint(number >> 7)

@@ -12,11 +12,11 @@ from tests.conftest import make_tiny_pipeline
 NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
 
-def make_small_pipeline() -> Any:
+def make_small_pipeline(seed: int = 0) -> Any:
     """The tiny pipeline with a UNet and an autoencoder of two levels: 16x16 pictures."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    pipeline = make_tiny_pipeline()
+    pipeline = make_tiny_pipeline(seed)
     pipeline.unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),

@@ -11,6 +11,8 @@ What the two arithmetics mean is told in `values`, what the operations compute i
 """
 
 import importlib.util
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +21,16 @@ from mobile_runtime.backends.mil.values import ARITHMETICS, Arithmetic, ValueTyp
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError, choices, missing_backend
 
-__all__ = ["ARITHMETICS", "Arithmetic", "Observer", "Program", "Runner", "ValueType", "load"]
+__all__ = [
+    "ARITHMETICS",
+    "Arithmetic",
+    "Observer",
+    "Program",
+    "Runner",
+    "ValueType",
+    "load",
+    "watch",
+]
 
 
 class Runner:
@@ -54,3 +65,24 @@ def load(bundle: Bundle, component: str, *, arithmetic: Arithmetic = "float32") 
     if importlib.util.find_spec("torch") is None:
         raise missing_backend("torch", "coreml", "the ML-program interpreter")
     return Runner(Program.open(bundle.file(entry.path)), arithmetic)
+
+
+def watch(
+    path: Path,
+    feeds: dict[str, np.ndarray],
+    wanted: Mapping[str, int],
+    outputs: Collection[str],
+    observe: Observer,
+    *,
+    arithmetic: Arithmetic = "float32",
+) -> None:
+    """Run an `.mlpackage` and show those of its values that are wanted, by name.
+
+    outputs: the program's own; here they are values like the others.
+    """
+
+    def look(name: str, value: np.ndarray) -> None:
+        if name in wanted:
+            observe(name, value)
+
+    Program.open(path).run(feeds, arithmetic=arithmetic, observe=look)

@@ -1,0 +1,208 @@
+"""Where inside a component a runtime first leaves PyTorch: the first layer that diverges.
+
+At conversion (converters/taps.py) the value of every operator on a component's first golden case
+is kept in PyTorch as a sketch of 64 numbers, and the final file's own value of the same operator
+is held against it. What lies in `golden/COMPONENT.taps.safetensors` is the sketches, and for each
+of these taps the layer's module path, the operator, the value's name in the file, and the SNR that
+it had. Here the file is run again, and the first tap that is clearly worse is the layer to look at.
+
+A sketch adds up the values, with random signs, in 64 groups (Charikar, Chen and Farach-Colton,
+"Finding frequent items in data streams", 2002). It is linear, and keeps squared lengths on average,
+so that the SNR of two sketches is that of the whole values, give or take a decibel; every element
+has a part in it, so that one NaN shows.
+"""
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mobile_runtime import backends
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.errors import BundleError, UserError
+from mobile_runtime.goldens import golden_cases
+from mobile_runtime.manifest import ComponentName
+from mobile_runtime.runs import NoRun, Runtime, brief
+
+SKETCH_SIZE = 64
+SKETCH_KEY = 0x7A95  # of Philox, whose bits give the signs
+HIGHEST_DB = 200.0
+"""Told of values that are equal."""
+# A tap diverges where it is so far below what it had at conversion. Figures above the ceiling are
+# rounding's last bits, which another processor turns otherwise.
+MARGIN_DB = 10.0
+CEILING_DB = 100.0
+
+_signs = np.empty(0, np.int8)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One value inside a component.
+
+    layer: the module's path. op: PyTorch's operator. value: its name in the target's file.
+    elements: how many numbers it has. snr_db: at conversion, by the arithmetic that ran the file.
+    """
+
+    layer: str
+    op: str
+    value: str
+    elements: int
+    snr_db: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Taps:
+    """A component's taps in the order of execution; sketches (T, 64) float32, PyTorch's."""
+
+    taps: tuple[Tap, ...]
+    sketches: np.ndarray
+
+
+@dataclass(frozen=True)
+class TapFigure:
+    """What a tap has now. snr_db: NaN where the value is not finite."""
+
+    tap: Tap
+    snr_db: float
+    diverges: bool
+
+
+def sketch(value: np.ndarray) -> np.ndarray:
+    """64 numbers (float32) that stand for a value of any shape."""
+    flat = np.asarray(value).reshape(-1)
+    rows = -(-flat.size // SKETCH_SIZE)
+    padded = np.zeros(rows * SKETCH_SIZE, np.float64)
+    padded[: flat.size] = flat
+    padded *= _first_signs(padded.size)
+    # A value that is not finite makes its group not finite, and nobody needs to hear of it here.
+    with np.errstate(invalid="ignore", over="ignore"):
+        total: np.ndarray = padded.reshape(rows, SKETCH_SIZE).sum(0).astype(np.float32)
+    return total
+
+
+def _first_signs(count: int) -> np.ndarray:
+    """+1 and -1: the first so many of an endless list; Philox's stream is the same everywhere."""
+    global _signs
+    if _signs.size < count:
+        words = np.random.Philox(key=SKETCH_KEY).random_raw(-(-count // 64))
+        bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")
+        _signs = 1 - 2 * bits.astype(np.int8)
+    return _signs[:count]
+
+
+def sketch_snr_db(reference: np.ndarray, given: np.ndarray) -> float:
+    """The SNR of two sketches in dB, at most HIGHEST_DB; NaN where one is not finite."""
+    if not (np.isfinite(reference).all() and np.isfinite(given).all()):
+        return math.nan
+    wanted, error = reference.astype(np.float64), given.astype(np.float64) - reference
+    signal, noise = float(wanted @ wanted), float(error @ error)
+    if noise == 0:
+        return HIGHEST_DB
+    return min(10 * math.log10(signal / noise), HIGHEST_DB) if signal else -HIGHEST_DB
+
+
+def path_of(component: str) -> str:
+    """Where a component's taps lie in a bundle."""
+    return f"golden/{component}.taps.safetensors"
+
+
+def write(taps: Taps, path: Path) -> None:
+    """Keep taps; the sketches as a tensor, the rest as JSON in the file's metadata."""
+    told = json.dumps([asdict(tap) for tap in taps.taps])
+    save_file({"sketches": np.ascontiguousarray(taps.sketches)}, path, {"taps": told})
+
+
+def read(bundle: Bundle, component: ComponentName) -> Taps | None:
+    """A component's taps; None where its bundle has none. BundleError where they are damaged."""
+    relative = bundle.manifest.golden.taps.get(component)
+    if relative is None:
+        return None
+    path = bundle.file(relative)
+    try:
+        with safe_open(path, "numpy") as file:
+            told, sketches = (file.metadata() or {})["taps"], file.get_tensor("sketches")
+        taps = TypeAdapter(tuple[Tap, ...]).validate_json(told)
+    except (KeyError, OSError, SafetensorError, ValidationError) as error:
+        raise BundleError(f"{path} holds no taps; make the bundle again") from error
+    if sketches.shape != (len(taps), SKETCH_SIZE):
+        raise BundleError(f"{path} has {len(taps)} taps and sketches of shape {sketches.shape}")
+    return Taps(taps, sketches)
+
+
+def measure(
+    bundle: Bundle, component: ComponentName, runtime: Runtime
+) -> tuple[TapFigure, ...] | NoRun:
+    """Run a component's first golden case, and hold every tap against PyTorch's sketch."""
+    taps, entry = read(bundle, component), bundle.component(component)
+    if entry.format not in backends.WATCHABLE.get(runtime.backend, ()):
+        reason = f"values inside {entry.path} cannot be looked at in {runtime.backend}"
+        return NoRun("not_run", reason)
+    if taps is None:
+        return NoRun("not_run", "the bundle was made without taps; convert it again")
+    try:
+        seen = watch(
+            bundle.file(entry.path),
+            runtime.backend,
+            golden_cases(bundle, component)[0].inputs,
+            {tap.value: tap.elements for tap in taps.taps},
+            [spec.name for spec in entry.outputs],
+            runtime.options,
+        )
+    except UserError as error:
+        return NoRun("not_run", str(error))
+    except Exception as error:  # the runtimes' own errors share no class
+        return NoRun("fail", f"the model does not run: {brief(error)}")
+    return tuple(
+        _figure(tap, reference, seen.get(tap.value), runtime.arithmetic)
+        for tap, reference in zip(taps.taps, taps.sketches, strict=True)
+    )
+
+
+def watch(
+    path: Path,
+    backend: str,
+    feeds: Mapping[str, np.ndarray],
+    wanted: Mapping[str, int],
+    outputs: Collection[str],
+    options: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+    """The sketches of values inside a model and of its outputs, by name; of the floats."""
+    seen: dict[str, np.ndarray] = {}
+
+    def look(name: str, value: np.ndarray) -> None:
+        # A layer that is computed twice is shown twice; the first counts.
+        if value.dtype.kind == "f" and name not in seen:
+            seen[name] = sketch(value)
+
+    backends.watch(path, backend, dict(feeds), wanted, outputs, look, **options)
+    return seen
+
+
+def _figure(
+    tap: Tap, reference: np.ndarray, given: np.ndarray | None, arithmetic: str
+) -> TapFigure:
+    snr_db = math.nan if given is None else sketch_snr_db(reference, given)
+    expected = min(tap.snr_db.get(arithmetic, CEILING_DB), CEILING_DB)
+    # Asked so that a NaN diverges.
+    return TapFigure(tap, snr_db, not snr_db >= expected - MARGIN_DB)
+
+
+def first_that_diverges(figures: Sequence[TapFigure]) -> TapFigure | None:
+    """The first, in the order of execution."""
+    return next((figure for figure in figures if figure.diverges), None)
+
+
+def tell(figure: TapFigure, arithmetic: str) -> str:
+    """A figure in words."""
+    now = "not finite" if math.isnan(figure.snr_db) else f"{figure.snr_db:.1f} dB"
+    before = figure.tap.snr_db.get(arithmetic)
+    had = f"; it had {before:.1f} dB at conversion" if before is not None else ""
+    return f"{figure.tap.layer} ({figure.tap.op}): {now} against PyTorch{had}"

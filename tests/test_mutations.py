@@ -1,0 +1,310 @@
+"""The harness itself, tested: each kind of damage is caught, and its place inside is named.
+
+An undamaged bundle passes, also over many pipelines (`python -m tests.benchmarks.mutations` takes
+fifty). The bundle is a small pipeline's with INT8 weights, converted by the commands.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from converters import cli
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.errors import BundleError
+from mobile_runtime.report import Report
+from mobile_runtime.validate import validate
+from tests.converters.small import make_small_pipeline
+from tests.damages import (
+    Damage,
+    damaged,
+    in_golden,
+    in_manifest,
+    on_graph,
+    on_input,
+    on_package,
+    on_weight,
+    one_nan,
+    scaled_output,
+    swap_inputs,
+    swap_weights,
+)
+
+RECIPE = """
+name: small
+source: {{model: {model}}}
+resolution: 16
+schedule: {{steps: 3, guidance_scale: 3.0}}
+stages: [{{quantize: {{weights: int8}}}}]
+golden_prompts: [a red tent, the rat]
+"""
+
+POSITIONS = "text_encoder.text_model.embeddings.position_embedding"
+TEXT = "text_encoder.text_model.encoder.layers"
+MID = "unet.mid_block"
+ATTENTION = f"{MID}.attentions.0.transformer_blocks.0"
+DECODER = "vae_decoder.decoder"
+CONV = f"{DECODER}.mid_block.resnets.0.conv1"
+
+
+def shift_rows(manifest: dict[str, Any]) -> None:
+    """Each step takes the row of the next one."""
+    rows = manifest["schedules"][0]["rows"]
+    rows[:] = [rows[min(k + 1, len(rows) - 1)] for k in range(len(rows))]
+
+
+def other_scaling(manifest: dict[str, Any]) -> None:
+    manifest["generation"]["scaling_factor"] *= 0.9
+
+
+def weaker_guidance(manifest: dict[str, Any]) -> None:
+    for prompt in manifest["golden"]["prompts"]:
+        prompt["guidance_scale"] -= 0.5
+
+
+def off_by_one(folder: Path) -> None:
+    """Every token gets its neighbour's id."""
+    import json
+
+    path = folder / "tokenizer/vocab.json"
+    vocabulary = json.loads(path.read_text())
+    path.write_text(json.dumps({token: max(0, k - 1) for token, k in vocabulary.items()}))
+
+
+def cut(folder: Path) -> None:
+    path = folder / "unet/model.onnx"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def other_component(folder: Path) -> None:
+    (folder / "vae_decoder/model.onnx").write_bytes((folder / "unet/model.onnx").read_bytes())
+
+
+def rolled(key: str) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[key] = np.roll(tensors[key], 1, axis=-1)
+
+    return change
+
+
+def drop_mask(graph: Any) -> None:
+    """The text encoder's causal mask becomes zero."""
+    masks = [
+        one.name
+        for one in graph.graph.initializer
+        if one.data_type == 1 and (graph.constant(one.name) < -1e3).any()
+    ]
+    assert masks
+    for name in masks:
+        graph.set_constant(name, np.zeros_like(graph.constant(name)))
+
+
+def doubled(array: np.ndarray) -> np.ndarray:
+    return array * 2
+
+
+def one_channel_negated(array: np.ndarray) -> np.ndarray:
+    array[0] = -array[0]
+    return array
+
+
+DAMAGES = [
+    # Inside a component: the layer has to be named.
+    Damage(
+        "a weight tensor zeroed",
+        on_weight(f"{MID}.resnets.0.conv1", np.zeros_like),
+        f"{MID}.resnets.0.conv1",
+    ),
+    Damage(
+        "a scale doubled",
+        on_weight(f"{ATTENTION}.ff.net.2", doubled, part=1),
+        f"{ATTENTION}.ff.net.2",
+    ),
+    Damage(
+        "one channel's scale doubled",
+        on_weight(f"{DECODER}.conv_out", lambda a: a * np.r_[2, np.ones(a.size - 1)], part=1),
+        f"{DECODER}.conv_out",
+    ),
+    Damage(
+        "the integers of one channel negated",
+        on_weight(f"{MID}.resnets.1.conv2", one_channel_negated),
+        f"{MID}.resnets.1.conv2",
+    ),
+    Damage(
+        "two layers swapped",
+        swap_weights(f"{ATTENTION}.attn1.to_q", f"{ATTENTION}.attn1.to_k"),
+        f"{ATTENTION}.attn1.to_q",
+    ),
+    Damage(
+        "two layers of different blocks swapped",
+        swap_weights(
+            f"{DECODER}.mid_block.resnets.0.conv1", f"{DECODER}.mid_block.resnets.1.conv2"
+        ),
+        f"{DECODER}.mid_block.resnets.0.conv1",
+    ),
+    Damage(
+        "a transposed kernel",
+        on_weight("unet.down_blocks.1.resnets.0.conv1", lambda a: a.swapaxes(2, 3)),
+        "unet.down_blocks.1.resnets.0.conv1",
+    ),
+    Damage(
+        "a transposed matrix",
+        on_weight(f"{TEXT}.1.self_attn.out_proj", lambda a: a.T),
+        f"{TEXT}.1.self_attn.out_proj",
+    ),
+    Damage(
+        "the input's channels in another order",
+        on_weight("unet.conv_in", lambda a: a[:, ::-1]),
+        "unet.conv_in",
+    ),
+    Damage(
+        "the picture's channels in another order",
+        on_weight(f"{DECODER}.conv_out", lambda a: a[::-1]),
+        f"{DECODER}.conv_out",
+    ),
+    Damage("a wrong mask", on_graph("text_encoder", drop_mask), f"{TEXT}.0.self_attn"),
+    Damage(
+        "a bias dropped",
+        on_input(f"{MID}.resnets.0.conv2", 2, np.zeros_like),
+        f"{MID}.resnets.0.conv2",
+    ),
+    Damage(
+        "NaN in one element of a bias",
+        on_input("unet.up_blocks.1.resnets.0.conv2", 2, one_nan),
+        "unet.up_blocks.1.resnets.0.conv2",
+    ),
+    Damage(
+        "the attention's scale lost",
+        scaled_output(f"{ATTENTION}.attn1.to_q", 4.0),
+        f"{ATTENTION}.attn1.to_q",
+    ),
+    Damage(
+        "the text ignored",
+        scaled_output(f"{ATTENTION}.attn2", 0.0, op="scaled_dot_product_attention"),
+        f"{ATTENTION}.attn2",
+    ),
+    Damage(
+        "a norm's result a tenth too large",
+        scaled_output(f"{DECODER}.mid_block.resnets.1.norm1", 1.1),
+        f"{DECODER}.mid_block.resnets.1.norm1",
+    ),
+    Damage(
+        "a skip concatenated in the other order",
+        swap_inputs("unet.up_blocks.1.resnets.0.norm1", "Concat"),
+        "unet.up_blocks.1.resnets.0.norm1",
+    ),
+    Damage(
+        "positions shifted by one",
+        on_weight(POSITIONS, lambda a: np.roll(a, 1, axis=0)),
+        POSITIONS,
+    ),
+    # Outside the models: caught, with no layer to name.
+    Damage("schedule rows shifted", in_manifest(shift_rows)),
+    Damage("a wrong scaling factor", in_manifest(other_scaling)),
+    Damage("another guidance scale", in_manifest(weaker_guidance)),
+    Damage("the tokenizer off by one", off_by_one),
+    Damage("a truncated file", cut),
+    Damage("another component's file", other_component),
+    Damage("a reference of another case", in_golden("unet", rolled("1/out/out_sample"))),
+    Damage("noise of another seed", in_golden("pipeline", rolled("0/noise"))),
+    Damage("the picture of another seed", in_golden("pipeline", rolled("1/picture"))),
+]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("mutations")
+    make_small_pipeline().save_pretrained(folder / "model")
+    (folder / "small.yaml").write_text(RECIPE.format(model=folder / "model"))
+    made = {}
+    for target in ("onnx", "coreml"):
+        made[target] = folder / target
+        argv = ["--recipe", str(folder / "small.yaml"), "--output", str(made[target])]
+        assert cli.main(target, [*argv, "--no-validate"]) == 0
+    return made
+
+
+def checked(folder: Path) -> Report:
+    return validate(Bundle.open(folder), repeats=0, progress=False)
+
+
+@pytest.mark.parametrize("target", ["onnx", "coreml"])
+def test_an_undamaged_bundle_passes_and_nothing_inside_diverges(bundles, target, capsys):
+    from mobile_runtime.__main__ import main
+
+    assert checked(bundles[target]).verdict == "pass"
+    assert main(["layers", str(bundles[target])]) == 0
+    told = capsys.readouterr().out
+    assert f"{MID}.resnets.0.conv1 (conv2d)" in told
+    assert "DIVERGES" not in told
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+def test_damage_is_caught_and_its_place_named(bundles, damage, tmp_path):
+    report = checked(damaged(bundles["onnx"], damage, tmp_path / "bundle"))
+    assert report.verdict == "fail"
+    named = [check for check in report.checks if check.kind == "first_layer" and check.gated]
+    if damage.layer is None:
+        assert named == []
+    else:
+        assert named[0].component == damage.layer.split(".")[0]
+        assert named[0].details["layer"] == damage.layer
+        assert damage.layer in report.summary
+
+
+def test_without_new_hashes_a_damaged_file_is_not_even_opened(bundles, tmp_path):
+    folder = damaged(bundles["onnx"], Damage("none", lambda folder: None), tmp_path / "bundle")
+    cut(folder)
+    with pytest.raises(BundleError, match=r"unet/model\.onnx"):
+        Bundle.open(folder)
+
+
+PACKAGE_DAMAGES = [
+    Damage("a scale doubled", on_package(CONV, "weight", "scale", doubled), CONV),
+    Damage("integers shifted", on_package(CONV, "weight", "quantized_data", np.flip), CONV),
+    Damage("NaN in one element of a bias", on_package(CONV, "bias", "val", one_nan), CONV),
+]
+
+
+@pytest.mark.parametrize("damage", PACKAGE_DAMAGES, ids=lambda damage: damage.name)
+def test_damage_to_a_core_ml_package_is_caught_and_its_place_named(bundles, damage, tmp_path):
+    report = checked(damaged(bundles["coreml"], damage, tmp_path / "bundle"))
+    assert report.verdict == "fail"
+    named = [check for check in report.checks if check.kind == "first_layer" and check.gated]
+    assert {check.runtime for check in named} == {"mil float32", "mil float16"}
+    assert {check.details["layer"] for check in named} == {damage.layer}
+
+
+def test_a_number_that_leaves_float16s_range_fails_in_float16_alone(bundles, tmp_path):
+    # The norm behind the convolution takes any factor out again, if it was finite.
+    def large(array: np.ndarray) -> np.ndarray:
+        return array.astype(np.float32) * 6e4
+
+    def apply(folder: Path) -> None:
+        on_package(CONV, "weight", "scale", large)(folder)
+        on_package(CONV, "bias", "val", large)(folder)
+
+    report = checked(damaged(bundles["coreml"], Damage("overflow", apply), tmp_path / "bundle"))
+    failed = [c for c in report.checks if c.component == "vae_decoder" and c.status == "fail"]
+    assert {check.runtime for check in failed} == {"mil float16"}
+    (named,) = [check for check in failed if check.kind == "first_layer"]
+    assert named.details["layer"] == CONV
+    assert "not finite" in named.reason
+
+
+def test_values_inside_are_told_where_they_cannot_be_looked_at(bundles, tmp_path):
+    def forget(manifest: dict[str, Any]) -> None:
+        manifest["golden"]["taps"] = {}
+
+    def apply(folder: Path) -> None:
+        DAMAGES[0].apply(folder)
+        in_manifest(forget)(folder)
+
+    report = checked(damaged(bundles["onnx"], Damage("old", apply), tmp_path / "bundle"))
+    assert report.verdict == "fail"
+    (told,) = [check for check in report.checks if check.kind == "first_layer"]
+    assert told.status == "not_run"
+    assert not told.gated
+    assert "convert it again" in told.reason
