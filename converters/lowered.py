@@ -10,8 +10,8 @@ from typing import Any
 class Watch:
     """How to look at the values inside a file.
 
-    backend: that runs it. names: of the values; None for every one that the backend shows. runs: the
-    backend's options, by the arithmetic that they mean; the first finds the values.
+    backend: that runs it. names: of the values; None for every one that the backend shows.
+    runs: the backend's options, by the arithmetic that they mean; the first finds the values.
     """
 
     backend: str

@@ -1,12 +1,20 @@
-"""`python -m mobile_runtime layers`: every value inside a bundle's models beside PyTorch's."""
+"""`python -m mobile_runtime layers`: what is inside a bundle's models, value by value.
+
+Beside PyTorch's own values (taps.py); or, with --device, each quantized layer alone there and here
+(layers_alone.py).
+"""
 
 import argparse
 import json
 import math
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
 
 from mobile_runtime import taps
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError, choices
+from mobile_runtime.layers_alone import compare_on
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.runs import NoRun, Runtime
 from mobile_runtime.taps import TapFigure
@@ -25,6 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worst", type=int, metavar="N", help="only the N that have lost most since conversion"
     )
+    parser.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="compare each quantized layer alone there and here instead, on the same inputs "
+        "(see devices)",
+    )
     parser.add_argument("--json", action="store_true", help="print them as JSON")
 
 
@@ -34,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
     Raises UserError where nothing can be looked at.
     """
     bundle = Bundle.open(args.bundle)
+    if args.device:
+        if args.component or args.backend:
+            raise UserError("--device compares every component in ONNX Runtime; leave out the rest")
+        return _alone(bundle, args)
     names: list[ComponentName] = [entry.name for entry in bundle.manifest.components]
     if args.component:
         if args.component not in names:
@@ -54,6 +74,29 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(told, indent=1))
     return int(diverged)
+
+
+def _alone(bundle: Bundle, args: argparse.Namespace) -> int:
+    """Each quantized layer alone, here and on devices. Returns 0 where all reach the gate."""
+    with tempfile.TemporaryDirectory() as folder:
+        layers = compare_on(bundle, args.device, Path(folder) / "layers")
+    gate_db = bundle.manifest.gates.layer_snr_db or 0.0
+    low = [one for one in layers if not one.snr_db >= gate_db]
+    if args.json:
+        print(json.dumps([asdict(one) for one in layers], indent=1))
+        return int(bool(low))
+    for device in args.device:
+        mine = [one for one in layers if one.device == device]
+        differing = sorted((one for one in mine if not one.equal), key=lambda one: one.snr_db)
+        print(
+            f"{device}: {len(mine) - len(differing)} of {len(mine)} quantized layers are equal in "
+            "every bit to those here, on the same inputs"
+        )
+        if differing:
+            print(f"{'dB':>8}{'values that differ':>20}  layer")
+        for one in differing[: args.worst]:
+            print(f"{one.snr_db:>8.1f}{one.differing:>20.2%}  {one.layer}")
+    return int(bool(low))
 
 
 def _row(figure: TapFigure, component: str, runtime: Runtime) -> dict[str, object]:
