@@ -41,6 +41,13 @@ FORMATS = {
     "onnxruntime": ("onnx", "ort"),
 }
 
+Profiled = tuple[
+    Sequence[float], Sequence[float], Sequence[tuple[str, str, tuple[float, ...]]], Path
+]
+"""What `profile` gives: whole calls by the runtime's clock and by ours, in milliseconds; each
+operator's name, kind and times; the trace's file."""
+# Those that can tell where the time goes, by a function `profile`.
+PROFILABLE = ("executorch", "onnxruntime")
 # Those that can show the values inside a model, by a function `watch`, and of which formats.
 WATCHABLE = {"mil": ("mlpackage",), "onnxruntime": ("onnx",)}
 

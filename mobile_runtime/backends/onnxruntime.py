@@ -1,13 +1,15 @@
 """ONNX Runtime: `.onnx` and `.ort` files."""
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from mobile_runtime.backends import Arrays, Observer, Runner
+from mobile_runtime.backends import Arrays, Observer, Profiled, Runner
 from mobile_runtime.errors import BundleError, choices, missing_backend
+from mobile_runtime.latency import repeated
 
 if TYPE_CHECKING:
     from mobile_runtime.bundle import Bundle
@@ -88,6 +90,42 @@ def watch(
         )
         for name, value in zip(names, session.run(names, feeds), strict=True):
             observe(name, value)
+
+
+def profile(
+    bundle: "Bundle",
+    component: str,
+    feeds: Arrays,
+    folder: Path,
+    warm_up: int,
+    repeats: int,
+    *,
+    exact: bool = True,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    threads: int = 0,
+) -> Profiled:
+    """Time calls by ONNX Runtime's own profiler and from outside; see profiling.py."""
+    import onnxruntime
+
+    options = _session_options(exact, threads)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / component)
+    path = bundle.file(bundle.component(component).path)
+    session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    times = repeated(lambda: session.run(None, feeds), warm_up, repeats)
+    # The profiler puts the time of day into the name.
+    trace = Path(session.end_profiling()).replace(folder / f"{component}.trace.json")
+    events = json.loads(trace.read_text(encoding="utf-8"))
+    calls = [event["dur"] / 1000 for event in events if event["name"] == "model_run"]
+    kinds: dict[str, str] = {}
+    spent: dict[str, list[float]] = {}
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            name = event["name"].removesuffix("_kernel_time").removeprefix("node_")
+            kinds[name] = event["args"]["op_name"]
+            spent.setdefault(name, []).append(event["dur"] / 1000)
+    operators = [(name, kinds[name], tuple(own[-len(times) :])) for name, own in spent.items()]
+    return calls[-len(times) :], times, operators, trace
 
 
 def _session_options(exact: bool, threads: int) -> Any:
