@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from converters.components import Component
 from mobile_runtime.manifest import ComponentName, Golden, GoldenPrompt
 from mobile_runtime.pipeline import Pipeline, Result
+from mobile_runtime.taps import sketch
 
 Arrays = dict[str, np.ndarray]
 Runner = Callable[[Arrays], Arrays]
@@ -160,11 +161,13 @@ def write(
                 tensors |= {f"{k}/{kind}/{key}": value for key, value in arrays.items()}
         paths[name] = f"golden/{name}.safetensors"
         _save(tensors, folder / paths[name])
-    pipeline = make_pipeline(runners)
     tensors = {}
     for k, (prompt, source_run) in enumerate(zip(cases.prompts, cases.runs, strict=True)):
         progress(f"golden pipeline after the stages: {prompt.prompt!r}")
-        run = run_prompt(pipeline, prompt)
+        seen: dict[str, list[tuple[Arrays, Arrays]]] = {name: [] for name in runners}
+        watched = {name: _recording(run, seen[name]) for name, run in runners.items()}
+        run = run_prompt(make_pipeline(watched), prompt)
+        tensors |= {f"{k}/{name}": value for name, value in _between_models(seen).items()}
         tensors |= {
             f"{k}/noise": run.noise,
             f"{k}/trajectory": run.trajectory,
@@ -181,6 +184,21 @@ def write(
         pipeline="golden/pipeline.safetensors",
         prompts=cases.prompts,
     )
+
+
+def _between_models(seen: Mapping[str, list[tuple[Arrays, Arrays]]]) -> Arrays:
+    """What the sampler gave to the models in one run, and what it got from the UNet.
+
+    n calls of the UNet: out_sample (n, B, C, h, w), timestep (n,), and sample as sketches (n, 64);
+    latent_sample (1, C, h, w) of the decoder. All float32.
+    """
+    calls = seen["unet"]
+    return {
+        "out_sample": np.stack([outputs["out_sample"] for _, outputs in calls]),
+        "timestep": np.concatenate([inputs["timestep"] for inputs, _ in calls]),
+        "sample": np.stack([sketch(inputs["sample"]) for inputs, _ in calls]),
+        "latent_sample": seen["vae_decoder"][-1][0]["latent_sample"],
+    }
 
 
 def _save(tensors: Arrays, path: Path) -> None:

@@ -121,6 +121,7 @@ def record(
     return Taps(
         tuple(tap for tap, _ in found),
         np.array([sketch for _, sketch in found], np.float32).reshape(-1, taps.SKETCH_SIZE),
+        taps.this_machine(watch.backend),
     )
 
 

@@ -41,7 +41,7 @@ OTHER_PICTURES = (".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".tif", ".tiff", ".w
 
 def main(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
-    from mobile_runtime import bench, layers, matrix, profiling, validate
+    from mobile_runtime import bench, compare, layers, matrix, profiling, validate
 
     parser = argparse.ArgumentParser(
         prog="python -m mobile_runtime",
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
     )
     bench.add_arguments(add("bench", "time a bundle, or two in turns", bench.run))
     profiling.add_arguments(add("profile", "find where the time goes", profiling.run))
+    compare.add_arguments(add("compare", "put several reports on one page", compare.run))
     layers.add_arguments(add("layers", "compare the values inside with PyTorch's", layers.run))
     matrix.add_arguments(add("matrix", "compare runtimes with each other", matrix.run))
     devices_parser = add("devices", "list where bundles can be validated", list_devices)

@@ -83,6 +83,14 @@ class Bundle:
             raise choices("component", name, [c.name for c in self.manifest.components])
         return entry
 
+    def quantized_layers(self, component: str) -> list[str]:
+        """The layers of a component whose activations are quantized."""
+        return [
+            plan.layer
+            for plan in self.manifest.quantization
+            if plan.activations != "none" and plan.layer.split(".")[0] == component
+        ]
+
     def file(self, relative: str) -> Path:
         """The path of a file of the bundle."""
         return self.path / relative

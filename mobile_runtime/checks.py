@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mobile_runtime import taps
+from mobile_runtime import backends, taps
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.goldens import Arrays, Case, golden_cases
 from mobile_runtime.manifest import ComponentName
@@ -23,6 +23,9 @@ from mobile_runtime.parity import (
 )
 from mobile_runtime.report import Check, Kind
 from mobile_runtime.runs import ComponentRun, NoRun, Runtime, outputs_fault
+
+QUANTIZED_SNR_DB = 10.0
+"""A component with quantized activations as a whole: the same function, if nothing more."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +49,15 @@ class Teller:
         )
 
 
-def quantized_layers(bundle: Bundle, component: str) -> list[str]:
-    """The layers of a component whose activations are quantized."""
-    return [
-        plan.layer
-        for plan in bundle.manifest.quantization
-        if plan.activations != "none" and plan.layer.split(".")[0] == component
-    ]
-
-
-def component_kinds(bundle: Bundle, component: str) -> list[Kind]:
-    """The checks that a component of this bundle gets, once its model runs."""
+def component_kinds(bundle: Bundle, component: ComponentName, runtime: Runtime) -> list[Kind]:
+    """The checks that a component of this bundle gets here, once its model runs."""
     kinds: list[Kind] = ["outputs", "same_function", "source", "repeat"]
     if component == "unet":
         kinds.append("conditioning")
-    if quantized_layers(bundle, component):
+    if bundle.quantized_layers(component):
         kinds.append("layers_at_conversion")
+    if can_look_inside(bundle, component, runtime):
+        kinds.append("inside")
     return kinds
 
 
@@ -84,7 +80,7 @@ def check_component(
     ]
     if component == "unet":
         checks.append(_conditioning(tell, bundle, cases, outputs))
-    if quantized_layers(bundle, component):
+    if bundle.quantized_layers(component):
         checks.append(_layers(tell, bundle, component))
     return checks
 
@@ -94,25 +90,47 @@ def failed(checks: Sequence[Check]) -> bool:
     return any(check.gated and check.status == "fail" for check in checks)
 
 
-def check_first_layer(bundle: Bundle, component: ComponentName, runtime: Runtime) -> Check:
-    """Look inside a component for the first layer that diverges from PyTorch's (taps.py)."""
+def check_inside(
+    bundle: Bundle, component: ComponentName, runtime: Runtime, others: Sequence[Check] = ()
+) -> list[Check]:
+    """Hold the values inside a component against PyTorch's, and name the first that diverges.
+
+    others: this component's other checks. Where the bundle has no taps, or the runtime does not
+    show its values, that is told only if one of them failed; it cannot be told then where.
+    """
     tell = Teller(component, runtime.label)
+    wrong = failed(others)
+    if not wrong and not can_look_inside(bundle, component, runtime):
+        return []
     figures = taps.measure(bundle, component, runtime)
     if isinstance(figures, NoRun):
-        reason = f"the first layer that diverges: {figures.reason}"
-        return tell("first_layer", "not_run", reason).model_copy(update={"gated": False})
+        reason = f"the first layer that diverges cannot be told: {figures.reason}"
+        return [tell("inside", "not_run", reason).model_copy(update={"gated": False})]
     first = taps.first_that_diverges(figures)
-    if first is None:
-        reason = f"all {len(figures)} values inside are as they were at conversion"
-        return tell("first_layer", "not_gated", reason)
-    return tell(
-        "first_layer",
-        "fail",
-        f"the first layer that diverges is {taps.tell(first, runtime.arithmetic)}",
-        value=finite(first.snr_db),
-        unit="dB",
-        details={"layer": first.tap.layer, "op": first.tap.op},
-    )
+    lost = [figure for figure in figures if figure.wrong]
+    if first is None or not (lost or wrong):
+        told = "" if first is None else f"; least like it is {taps.tell(first, runtime.arithmetic)}"
+        reason = f"the {len(figures)} values inside are as they were at conversion{told}"
+        return [tell("inside", "pass", reason)]
+    details = {
+        "layer": first.tap.layer,
+        "op": first.tap.op,
+        # A value that is not finite is nothing like its reference.
+        "snr_db": [round(finite(one.snr_db) or 0.0, 1) for one in figures],
+        "snr_db_at_conversion": [
+            one.tap.snr_db.get(runtime.arithmetic, taps.CEILING_DB) for one in figures
+        ],
+    }
+    reason = f"the first layer that diverges is {taps.tell(first, runtime.arithmetic)}"
+    value = finite(first.snr_db)
+    return [tell("inside", "fail", reason, value=value, unit="dB", details=details)]
+
+
+def can_look_inside(bundle: Bundle, component: ComponentName, runtime: Runtime) -> bool:
+    """Whether the bundle has taps of a component, and the runtime shows its values here."""
+    watchable = backends.WATCHABLE.get(runtime.backend, ())
+    here = runtime.device is None and bundle.component(component).format in watchable
+    return here and component in bundle.manifest.golden.taps
 
 
 def _same_function(
@@ -124,12 +142,12 @@ def _same_function(
     outputs: Sequence[Arrays],
 ) -> Check:
     gates = bundle.manifest.gates
-    if not quantized_layers(bundle, component) or gates.layer_snr_db is None:
+    if not bundle.quantized_layers(component) or gates.layer_snr_db is None:
         return _figures(tell, "same_function", cases, outputs, runtime.gate_db(gates))
-    check = _figures(tell, "same_function", cases, outputs, None)
+    check = _figures(tell, "same_function", cases, outputs, QUANTIZED_SNR_DB)
     why = (
-        "not gated as a whole, because integer kernels round some quantized activations to the "
-        "next step and depth amplifies that; the layers and the picture are gated instead"
+        "a low gate, because integer kernels round some quantized activations to the next step and "
+        "depth amplifies that; the layers, the values inside and the picture are gated too"
     )
     return check.model_copy(update={"reason": f"{check.reason}; {why}"})
 
@@ -242,7 +260,7 @@ def _layers(tell: Teller, bundle: Bundle, component: str) -> Check:
     """The layers' figures as the conversion recorded them; the plan says which there must be."""
     gate_db = bundle.manifest.gates.layer_snr_db
     kind: Kind = "layers_at_conversion"
-    layers = quantized_layers(bundle, component)
+    layers = bundle.quantized_layers(component)
     recorded: Any = bundle.component(component).details.get("layer_snr_db")
     if not isinstance(recorded, dict) or not recorded:
         return tell(kind, "not_run", "the conversion recorded no layer figures", gate=gate_db)

@@ -87,7 +87,8 @@ class PromptCase:
     """One golden run of the whole pipeline. h, w: the latents' size; n: steps.
 
     noise (1, C, h, w), fresh_noise (n, C, h, w) where the schedule takes any, trajectory
-    (n + 1, C, h, w), all float32; picture and source_picture (H, W, 3) uint8.
+    (n + 1, C, h, w), all float32; picture and source_picture (H, W, 3) uint8. between: what passed
+    between the sampler and the models (converters/golden.py); empty in bundles that have it not.
     """
 
     golden: GoldenPrompt
@@ -96,6 +97,7 @@ class PromptCase:
     trajectory: np.ndarray
     picture: np.ndarray
     source_picture: np.ndarray
+    between: Arrays
 
 
 def prompt_case(bundle: Bundle, index: int) -> PromptCase:
@@ -119,4 +121,9 @@ def prompt_case(bundle: Bundle, index: int) -> PromptCase:
         trajectory=file.get(f"{index}/trajectory", (golden.steps + 1, *latents), np.float32),
         picture=picture,
         source_picture=source,
+        between={
+            name: file.get(f"{index}/{name}", dtype=np.float32)
+            for name in ("out_sample", "timestep", "sample", "latent_sample")
+            if f"{index}/out_sample" in file.tensors
+        },
     )

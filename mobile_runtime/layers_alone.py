@@ -18,7 +18,6 @@ from safetensors.numpy import save_file
 
 from mobile_runtime import backends, devices, taps
 from mobile_runtime.bundle import Bundle, BundleWriter
-from mobile_runtime.checks import quantized_layers
 from mobile_runtime.errors import UserError, missing_backend
 from mobile_runtime.goldens import Arrays, golden_cases
 from mobile_runtime.manifest import ComponentName, Golden, TensorSpec
@@ -117,7 +116,7 @@ def cut_out(bundle: Bundle, folder: Path) -> tuple[Bundle, dict[ComponentName, t
     names = [entry.name for entry in bundle.manifest.components]
     if bundle.manifest.target != "onnx":
         raise UserError(f"layers are cut out of .onnx files, and {bundle.path} has none")
-    wanted = {name: quantized_layers(bundle, name) for name in names}
+    wanted = {name: bundle.quantized_layers(name) for name in names}
     if not any(wanted.values()):
         raise UserError(f"{bundle.path} has no layer with quantized activations")
     parts = {

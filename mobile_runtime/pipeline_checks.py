@@ -6,19 +6,27 @@ import numpy as np
 
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.checks import Teller, figures_of, finite, rank
-from mobile_runtime.goldens import PromptCase, golden_cases, prompt_case
+from mobile_runtime.errors import GateError, UserError
+from mobile_runtime.goldens import Arrays, PromptCase, golden_cases, prompt_case
 from mobile_runtime.parity import Status, check_picture, check_repeat, check_tensor
+from mobile_runtime.pipeline import Pipeline
 from mobile_runtime.report import PIPELINE, Check, Kind, Pictures
 from mobile_runtime.runs import NoRun, PromptRun, Runtime
+from mobile_runtime.taps import sketch
+from mobile_runtime.tokenizer import ClipTokenizer
 
 # The seed's noise is computed in float64 and rounded; another machine's sine may turn a last bit.
 NOISE_SNR_DB = 120.0
 
 
-# The checks that each golden prompt gets, once the pipeline runs.
-PROMPT_KINDS: tuple[Kind, ...] = (
-    *("tokens", "noise", "outputs", "trajectory", "picture", "source_picture"),
-)
+# The sampler's own arithmetic is a few float32 operations a step.
+SAMPLER_SNR_DB = 120.0
+
+
+def prompt_kinds(bundle: Bundle, index: int) -> list[Kind]:
+    """The checks that a golden prompt gets, once the pipeline runs."""
+    kinds: list[Kind] = ["tokens", "noise", "outputs", "trajectory", "picture", "source_picture"]
+    return [*kinds, "sampler"] if prompt_case(bundle, index).between else kinds
 
 
 def check_prompt(
@@ -27,7 +35,7 @@ def check_prompt(
     """Hold what came of one golden prompt against its references."""
     tell = Teller(PIPELINE, runtime.label, index)
     case, gates = prompt_case(bundle, index), bundle.manifest.gates
-    checks = []
+    checks = [_sampler(tell, bundle, case)] if case.between else []
     if run.ids is not None:
         checks.append(_tokens(tell, bundle, case.golden.prompt, run.ids))
     if run.noise is not None:
@@ -111,3 +119,69 @@ def _trajectory(tell: Teller, reference: np.ndarray, output: np.ndarray) -> Chec
         details={"snr_db_by_step": by_step},
         **figures_of(worst),
     )
+
+
+def _sampler(tell: Teller, bundle: Bundle, case: PromptCase) -> Check:
+    """Replay the run with PyTorch's model outputs: what is left is the manifest's own numbers.
+
+    The schedule's rows, the guidance, the scaling of inputs and latents. No model runs.
+    """
+    pipeline, fed = _replayed(bundle, case)
+    verdicts = []
+    try:
+        golden = case.golden
+        made = pipeline(
+            golden.prompt,
+            negative_prompt=golden.negative_prompt,
+            steps=golden.steps,
+            guidance_scale=golden.guidance_scale,
+            noise=case.noise,
+            fresh_noise=case.fresh_noise,
+        )
+    except (StopIteration, GateError, UserError) as error:
+        told = "it calls the UNet more often" if isinstance(error, StopIteration) else str(error)
+        return tell("sampler", "fail", f"the run cannot be replayed: {told}")
+    given = {name: np.stack(values) for name, values in fed.items()}
+    for name, wanted, output in (
+        ("the timesteps", case.between["timestep"], given["timestep"]),
+        ("the UNet's samples", case.between["sample"], given["sample"]),
+        ("the latents", case.trajectory, made.trajectory),
+        ("the decoder's latents", case.between["latent_sample"], given["latent_sample"][0]),
+    ):
+        verdicts.append(check_tensor(name, wanted, output, gate_db=SAMPLER_SNR_DB))
+    worst = min(verdicts, key=rank)
+    reason = f"replayed with PyTorch's model outputs, {worst.reason}"
+    return tell("sampler", worst.status, reason, gate=SAMPLER_SNR_DB, **figures_of(worst))
+
+
+def _replayed(bundle: Bundle, case: PromptCase) -> tuple[Pipeline, dict[str, list[np.ndarray]]]:
+    """The runtime's pipeline over stored model outputs, and what it feeds to the models."""
+    fed: dict[str, list[np.ndarray]] = {"timestep": [], "sample": [], "latent_sample": []}
+    outputs = iter(case.between["out_sample"])
+
+    def outputs_of(component: str) -> Arrays:
+        """Zeros of the right form: nothing looks at them."""
+        specs = bundle.component(component).outputs
+        return {spec.name: np.zeros(spec.shape, np.float32) for spec in specs}
+
+    def unet(feeds: Arrays) -> Arrays:
+        fed["timestep"].append(feeds["timestep"][0])
+        fed["sample"].append(sketch(feeds["sample"]))
+        return {"out_sample": next(outputs)}
+
+    def vae_decoder(feeds: Arrays) -> Arrays:
+        fed["latent_sample"].append(feeds["latent_sample"])
+        return outputs_of("vae_decoder")
+
+    pipeline = Pipeline(
+        {
+            "text_encoder": lambda feeds: outputs_of("text_encoder"),
+            "unet": unet,
+            "vae_decoder": vae_decoder,
+        },
+        ClipTokenizer.from_bundle(bundle),
+        bundle.manifest.generation,
+        bundle.manifest.schedules,
+        unet_batch=bundle.component("unet").inputs[0].shape[0],
+    )
+    return pipeline, fed

@@ -26,11 +26,11 @@ from typing import Any
 import pytest
 
 from mobile_runtime.bundle import MANIFEST, Bundle
-from mobile_runtime.checks import component_kinds
+from mobile_runtime.checks import check_inside, component_kinds
 from mobile_runtime.errors import PocketError
 from mobile_runtime.judge import judge_component, judge_prompts
 from mobile_runtime.manifest import ComponentName
-from mobile_runtime.pipeline_checks import PROMPT_KINDS
+from mobile_runtime.pipeline_checks import prompt_kinds
 from mobile_runtime.report import Check, Kind
 from mobile_runtime.runs import Runtime
 from mobile_runtime.validate import draw_here, run_here, runtimes
@@ -89,14 +89,14 @@ class BundleFile(pytest.File):
         for entry in bundle.manifest.components:
             for runtime in chosen:
                 group = CheckGroup(_component(bundle, entry.name, runtime))
-                for kind in component_kinds(bundle, entry.name):
+                for kind in component_kinds(bundle, entry.name, runtime):
                     name = f"{entry.name}_{kind}[{runtime.label}]"
                     yield CheckItem.from_parent(self, name=name, group=group, kind=kind)
         prompts = range(len(bundle.manifest.golden.prompts))
         last = chosen[-1].label
         group = CheckGroup(_pipeline(bundle, chosen[-1], prompts))
         for prompt in prompts:
-            for kind in PROMPT_KINDS:
+            for kind in prompt_kinds(bundle, prompt):
                 name = f"pipeline_{kind}[{last}-prompt{prompt}]"
                 yield CheckItem.from_parent(self, name=name, group=group, kind=kind, prompt=prompt)
         if not prompts:
@@ -112,7 +112,8 @@ def _quiet(text: str) -> None:
 def _component(bundle: Bundle, name: ComponentName, runtime: Runtime) -> Callable[[], list[Check]]:
     def checks() -> list[Check]:
         run = run_here(bundle, name, runtime, repeats=0, step=_quiet)
-        return judge_component(bundle, name, runtime, run).checks
+        found = judge_component(bundle, name, runtime, run).checks
+        return found + check_inside(bundle, name, runtime, found)
 
     return checks
 

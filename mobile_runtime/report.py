@@ -30,9 +30,10 @@ Kind = Literal[
     "repeat",  # the same input twice gives the same bits
     "conditioning",  # the prompt changes the UNet's output as it changes the reference
     "layers_at_conversion",  # quantized layers on the same inputs; recorded, not measured again
-    "first_layer",  # where something is wrong: the first layer that diverges
+    "inside",  # every value inside, against PyTorch's; it names the first layer that diverges
     "tokens",  # prompt to ids
     "noise",  # seed to noise
+    "sampler",  # schedule, guidance and scaling: a run replayed with PyTorch's model outputs
     "trajectory",  # latents by step
     "picture",  # against the same-function picture
     "source_picture",  # against the source's picture
@@ -136,7 +137,7 @@ def conclude(checks: tuple[Check, ...]) -> tuple[Verdict, str]:
     gated = [check for check in checks if check.gated]
     failed = next((check for check in gated if check.status == "fail"), None)
     if failed is not None:
-        return "fail", f"{_place(failed)} failed: {failed.reason}{_first_layer(failed, gated)}"
+        return "fail", f"{_place(failed)} failed: {failed.reason}{_place_inside(failed, gated)}"
     ran = any(check.kind == "outputs" and check.status == "pass" for check in gated)
     missing = next((check for check in gated if check.status != "pass"), None)
     if missing is not None:
@@ -150,11 +151,11 @@ def conclude(checks: tuple[Check, ...]) -> tuple[Verdict, str]:
     return "pass", f"All {len(gated)} gated checks passed{note}"
 
 
-def _first_layer(failed: Check, gated: Sequence[Check]) -> str:
+def _place_inside(failed: Check, gated: Sequence[Check]) -> str:
     """Where inside the component that failed, if that was found; else where inside any."""
-    found = [check for check in gated if check.kind == "first_layer"]
+    found = [check for check in gated if check.kind == "inside" and check.status == "fail"]
     mine = [c for c in found if (c.component, c.runtime) == (failed.component, failed.runtime)]
-    return "".join(f"; {check.reason}" for check in (mine or found)[:1])
+    return "".join(f"; {check.reason}" for check in (mine or found)[:1] if check is not failed)
 
 
 def _not_gated(checks: tuple[Check, ...]) -> list[str]:
@@ -190,10 +191,10 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        json_path = _write_atomically(
+        json_path = write_atomically(
             folder / REPORT_JSON, report.model_dump_json(indent=1, exclude={"pictures"}) + "\n"
         )
-        return json_path, _write_atomically(folder / REPORT_HTML, render(report))
+        return json_path, write_atomically(folder / REPORT_HTML, render(report))
     except OSError as error:
         raise UserError(
             f"the report cannot be written to {folder}: {error.strerror}; choose another --output"
@@ -217,7 +218,8 @@ def check_writable(folder: Path, option: str = "--output") -> None:
         ) from error
 
 
-def _write_atomically(path: Path, text: str) -> Path:
+def write_atomically(path: Path, text: str) -> Path:
+    """Write a text file whole or not at all."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -239,7 +241,7 @@ def read_report(bundle: Bundle, folder: Path | None = None) -> Report:
             f"{bundle.path} has not been validated; run: "
             f"python -m mobile_runtime validate {bundle.path}"
         )
-    report = _load(path)
+    report = load_report(path)
     if report.manifest_sha256 != bundle.manifest_sha256:
         raise BundleError(
             f"{path} was made for another bundle (its manifest differs); validate this one again"
@@ -247,7 +249,8 @@ def read_report(bundle: Bundle, folder: Path | None = None) -> Report:
     return report
 
 
-def _load(path: Path) -> Report:
+def load_report(path: Path) -> Report:
+    """Read a report.json; BundleError where it is none."""
     try:
         return Report.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -264,7 +267,7 @@ def told_verdict(bundle: Bundle) -> str:
     if not path.exists():
         return f"not validated yet; run: python -m mobile_runtime validate {bundle.path}"
     try:
-        report = _load(path)
+        report = load_report(path)
     except BundleError:
         return "the report is unreadable (not validated)"
     if report.manifest_sha256 != bundle.manifest_sha256:

@@ -20,7 +20,7 @@ from mobile_runtime.report import (
     prompt_rows,
     row_status,
 )
-from mobile_runtime.report_plots import STYLE, latency_bars, step_lines
+from mobile_runtime.report_plots import HIGHEST_DB, STYLE, Bar, bars, parity_bar, step_lines
 
 # One level of 255 shows as 32, which an eye can find on black.
 AMPLIFIED = 32
@@ -75,15 +75,21 @@ code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .875em;
 def render(report: Report) -> str:
     """The whole page, its pictures inside."""
     title = f"{report.bundle} for {report.target}"
-    sections = [_head(report, title), _pictures(report), _components(report), _prompts(report)]
+    sections = [_head(report, title), _inside(report), _pictures(report)]
+    sections += [_components(report), _prompts(report)]
     sections += [_steps(report), _latency(report), _sizes(report), _plan(report)]
     sections += [_all_checks(report), _environment(report), _again(report)]
+    return page(f"{title}: {_WORDS[report.verdict]}", "".join(sections))
+
+
+def page(title: str, content: str) -> str:
+    """A whole page in the report's style. title: plain text. content: HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}: {_WORDS[report.verdict]}</title>"
+        f"<title>{escape(title)}</title>"
         f"<style>{_STYLE}{STYLE}</style></head>"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
+        f"<body><main>{content}</main></body></html>\n"
     )
 
 
@@ -95,6 +101,27 @@ def _head(report: Report, title: str) -> str:
         f'<p class="soft">{escape(report.created)} · manifest SHA-256 '
         f"<code>{escape(report.manifest_sha256[:16])}…</code></p></header>"
     )
+
+
+def _inside(report: Report) -> str:
+    """Where a component that failed first leaves PyTorch, and the values on the way there."""
+    cards = []
+    for check in report.checks:
+        if check.kind != "inside" or check.status != "fail":
+            continue
+        plot = ""
+        if now := check.details.get("snr_db"):
+            series = [("now", now), ("at conversion", check.details["snr_db_at_conversion"])]
+            note = (
+                f'<p class="soft">SNR in dB against PyTorch of {len(now)} values inside, in the '
+                "order of execution; dashed: at conversion.</p>"
+            )
+            plot = step_lines(series, "of the values inside") + note
+        cards.append(
+            f'<div class="card prompt"><p><b>{escape(check.component)}</b> in '
+            f"{escape(check.runtime)}: {escape(check.reason)}</p>{plot}</div>"
+        )
+    return f"<h2>Where it goes wrong</h2>{''.join(cards)}" if cards else ""
 
 
 def _pictures(report: Report) -> str:
@@ -145,7 +172,8 @@ def _named(name: str, runtime: str) -> str:
     return f"{escape(name).replace('_', '_<wbr>')}<small>{escape(runtime)}</small>"
 
 
-def _status(status: str) -> str:
+def verdict_mark(status: str) -> str:
+    """A verdict or a check's status, in its colour."""
     return f'<span class="tone {status}">{_WORDS[status]}</span>'
 
 
@@ -159,8 +187,8 @@ def _figure(check: Check | None) -> str:
     return f"{decibel(check).replace('-', '–')}<small>{gate}</small>"
 
 
-def _table(header: list[str], rows: list[list[str]], wide: tuple[int, ...] = ()) -> str:
-    """wide: the columns that a phone leaves out."""
+def table(header: list[str], rows: list[list[str]], wide: tuple[int, ...] = ()) -> str:
+    """A table of HTML cells. wide: the columns that a phone leaves out."""
     css = [' class="wide"' if i in wide else "" for i in range(len(header))]
     head = "".join(f"<th{c}>{cell}</th>" for c, cell in zip(css, header, strict=True))
     body = "".join(
@@ -184,17 +212,24 @@ def _components(report: Report) -> str:
                 _figure(row.get("source")),
                 largest,
                 again,
-                _status(row_status(row)),
+                verdict_mark(row_status(row)),
             ]
         )
     header = ["Component", "Same function", "Source", "Max abs error", "Run twice", "Verdict"]
+    legend = '<p class="soft">Same function, in dB; the mark is the gate.</p>'
     note = (
         '<p class="soft">The worst golden case, SNR with the power of the reference. Same function '
         "is the PyTorch module after the stages: it judges the conversion. Source is the fp32 "
         "pipeline before them: it judges the recipe.</p>"
     )
-    table = _table(header, rows, wide=(3, 4))
-    return f'<h2>Components</h2><div class="card">{table}{note}</div>'
+    parity = [
+        parity_bar(check.component, check.runtime, check.value, check.equal, check.gate)
+        for check in report.checks
+        if check.kind == "same_function"
+    ]
+    plot = f"{bars(parity, HIGHEST_DB)}{legend}" if parity else ""
+    shown = table(header, rows, wide=(3, 4))
+    return f'<h2>Components</h2><div class="card">{plot}{shown}{note}</div>'
 
 
 def _prompts(report: Report) -> str:
@@ -208,13 +243,13 @@ def _prompts(report: Report) -> str:
                 _figure(row.get("picture")),
                 _figure(row.get("source_picture")),
                 decibel(row.get("trajectory")).replace("-", "–"),
-                _status(row_status(row)),
+                verdict_mark(row_status(row)),
             ]
         )
     if not rows:
         return ""
     header = ["Pipeline", "Picture PSNR", "Source", "Latents, worst step", "Verdict"]
-    return f'<h2>Whole pipeline</h2><div class="card">{_table(header, rows, wide=(3,))}</div>'
+    return f'<h2>Whole pipeline</h2><div class="card">{table(header, rows, wide=(3,))}</div>'
 
 
 def _steps(report: Report) -> str:
@@ -248,15 +283,26 @@ def _latency(report: Report) -> str:
         ]
         for row in report.latency
     ]
-    table = _table(
+    shown = table(
         ["Component", "Median", "p90", "Min", "First call", "Load", "Repeats"], rows, wide=(3, 4, 6)
     )
     note = (
         '<p class="soft">One call on the machine named below; pipeline: a whole picture. The bar '
         "is the median, the line from the least to nine tenths. Measured, not gated.</p>"
     )
-    bars = latency_bars(report.latency)
-    return f'<h2>Latency</h2><div class="card">{bars}{table}{note}</div>'
+    times = [
+        Bar(
+            row.component,
+            row.runtime,
+            row.median_ms,
+            row.min_ms,
+            row.p90_ms,
+            f"{row.median_ms:.1f} ms",
+        )
+        for row in report.latency
+    ]
+    chart = bars(times)
+    return f'<h2>Latency</h2><div class="card">{chart}{shown}{note}</div>'
 
 
 def _sizes(report: Report) -> str:
@@ -282,7 +328,7 @@ def _sizes(report: Report) -> str:
         for size in report.sizes
     ]
     header = ["Component", "Parameters", "Model", "GMACs a call", "Scheme", "Peak memory"]
-    return f'<h2>Size and memory</h2><div class="card">{_table(header, rows, wide=(3, 4))}</div>'
+    return f'<h2>Size and memory</h2><div class="card">{table(header, rows, wide=(3, 4))}</div>'
 
 
 def _plan(report: Report) -> str:
@@ -303,10 +349,10 @@ def _plan(report: Report) -> str:
         ]
         for plan in sorted(report.quantization, key=rank)
     ]
-    table = _table(["Layer", "Weights", "Activations", "Why"], rows)
+    shown = table(["Layer", "Weights", "Activations", "Why"], rows)
     label = f"{len(rows)} layers, the most sensitive first"
     return (
-        f'<h2>Quantization plan</h2><details class="card"><summary>{label}</summary>{table}'
+        f'<h2>Quantization plan</h2><details class="card"><summary>{label}</summary>{shown}'
         "</details>"
     )
 
@@ -326,14 +372,14 @@ def _all_checks(report: Report) -> str:
         [
             _named(check.component, check.runtime),
             escape(check.kind.replace("_", " ")),
-            _status(check.status) + ("" if check.gated else "<small>no gate</small>"),
+            verdict_mark(check.status) + ("" if check.gated else "<small>no gate</small>"),
             escape(check.reason),
         ]
         for check in report.checks
     ]
-    table = _table(["Where", "Check", "Verdict", "Why"], rows)
+    shown = table(["Where", "Check", "Verdict", "Why"], rows)
     label = f"All {len(rows)} checks"
-    return f'<h2>Details</h2><details class="card"><summary>{label}</summary>{table}</details>'
+    return f'<h2>Details</h2><details class="card"><summary>{label}</summary>{shown}</details>'
 
 
 def _environment(report: Report) -> str:

@@ -28,6 +28,7 @@ from mobile_runtime import backends
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError, UserError
 from mobile_runtime.goldens import golden_cases
+from mobile_runtime.latency import environment
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.runs import NoRun, Runtime, brief
 
@@ -35,10 +36,14 @@ SKETCH_SIZE = 64
 SKETCH_KEY = 0x7A95  # of Philox, whose bits give the signs
 HIGHEST_DB = 200.0
 """Told of values that are equal."""
-# A tap diverges where it is so far below what it had at conversion. Figures above the ceiling are
-# rounding's last bits, which another processor turns otherwise.
-MARGIN_DB = 10.0
-CEILING_DB = 100.0
+# A tap diverges where it is so far below what it had at conversion, and it is wrong, so that the
+# component fails, where it is further below. Figures above the ceiling are rounding's last bits,
+# which another processor turns otherwise; under quantized activations a turned bit is a whole step
+# somewhere behind. The machine and runtime of the conversion have no such excuse.
+CEILING_DB, QUANTIZED_CEILING_DB = 100.0, 45.0
+DIVERGES_DB = 10.0
+WRONG_DB, QUANTIZED_WRONG_DB = 30.0, 20.0
+SAME_MACHINE_DB = 6.0
 
 _signs = np.empty(0, np.int8)
 
@@ -60,10 +65,14 @@ class Tap:
 
 @dataclass(frozen=True)
 class Taps:
-    """A component's taps in the order of execution; sketches (T, 64) float32, PyTorch's."""
+    """A component's taps in the order of execution.
+
+    sketches: PyTorch's, (T, 64) float32. made_on: the machine and the runtime of the conversion.
+    """
 
     taps: tuple[Tap, ...]
     sketches: np.ndarray
+    made_on: str
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class TapFigure:
     tap: Tap
     snr_db: float
     diverges: bool
+    wrong: bool
 
 
 def sketch(value: np.ndarray) -> np.ndarray:
@@ -117,7 +127,16 @@ def path_of(component: str) -> str:
 def write(taps: Taps, path: Path) -> None:
     """Keep taps; the sketches as a tensor, the rest as JSON in the file's metadata."""
     told = json.dumps([asdict(tap) for tap in taps.taps])
-    save_file({"sketches": np.ascontiguousarray(taps.sketches)}, path, {"taps": told})
+    metadata = {"taps": told, "made_on": taps.made_on}
+    save_file({"sketches": np.ascontiguousarray(taps.sketches)}, path, metadata)
+
+
+def this_machine(backend: str) -> str:
+    """What decides the bits that come out here: the processor and the runtime's version."""
+    here = environment()
+    runtime = {"mil": "torch"}.get(backend, backend)
+    version = here.libraries.get(runtime, "none")
+    return f"{here.cpu} ({' '.join(here.cpu_flags)}), {runtime} {version}"
 
 
 def read(bundle: Bundle, component: ComponentName) -> Taps | None:
@@ -128,13 +147,14 @@ def read(bundle: Bundle, component: ComponentName) -> Taps | None:
     path = bundle.file(relative)
     try:
         with safe_open(path, "numpy") as file:
-            told, sketches = (file.metadata() or {})["taps"], file.get_tensor("sketches")
-        taps = TypeAdapter(tuple[Tap, ...]).validate_json(told)
+            metadata, sketches = file.metadata() or {}, file.get_tensor("sketches")
+        taps = TypeAdapter(tuple[Tap, ...]).validate_json(metadata["taps"])
+        made_on = metadata["made_on"]
     except (KeyError, OSError, SafetensorError, ValidationError) as error:
         raise BundleError(f"{path} holds no taps; make the bundle again") from error
     if sketches.shape != (len(taps), SKETCH_SIZE):
         raise BundleError(f"{path} has {len(taps)} taps and sketches of shape {sketches.shape}")
-    return Taps(taps, sketches)
+    return Taps(taps, sketches, made_on)
 
 
 def measure(
@@ -160,10 +180,28 @@ def measure(
         return NoRun("not_run", str(error))
     except Exception as error:  # the runtimes' own errors share no class
         return NoRun("fail", f"the model does not run: {brief(error)}")
+    bounds = _bounds(bundle, component, taps.made_on == this_machine(runtime.backend))
     return tuple(
-        _figure(tap, reference, seen.get(tap.value), runtime.arithmetic)
+        _figure(tap, reference, seen.get(tap.value), runtime.arithmetic, bounds)
         for tap, reference in zip(taps.taps, taps.sketches, strict=True)
     )
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """How much a tap may lose since conversion, in dB, of no more than the ceiling."""
+
+    ceiling: float
+    diverges: float
+    wrong: float
+
+
+def _bounds(bundle: Bundle, component: str, same_machine: bool) -> _Bounds:
+    if same_machine:
+        return _Bounds(CEILING_DB, SAME_MACHINE_DB, SAME_MACHINE_DB)
+    if bundle.quantized_layers(component):
+        return _Bounds(QUANTIZED_CEILING_DB, DIVERGES_DB, QUANTIZED_WRONG_DB)
+    return _Bounds(CEILING_DB, DIVERGES_DB, WRONG_DB)
 
 
 def watch(
@@ -187,12 +225,12 @@ def watch(
 
 
 def _figure(
-    tap: Tap, reference: np.ndarray, given: np.ndarray | None, arithmetic: str
+    tap: Tap, reference: np.ndarray, given: np.ndarray | None, arithmetic: str, bounds: _Bounds
 ) -> TapFigure:
     snr_db = math.nan if given is None else sketch_snr_db(reference, given)
-    expected = min(tap.snr_db.get(arithmetic, CEILING_DB), CEILING_DB)
-    # Asked so that a NaN diverges.
-    return TapFigure(tap, snr_db, not snr_db >= expected - MARGIN_DB)
+    lost = min(tap.snr_db.get(arithmetic, bounds.ceiling), bounds.ceiling) - snr_db
+    # Asked so that a NaN diverges, and is wrong.
+    return TapFigure(tap, snr_db, not lost <= bounds.diverges, not lost <= bounds.wrong)
 
 
 def first_that_diverges(figures: Sequence[TapFigure]) -> TapFigure | None:

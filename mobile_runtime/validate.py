@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mobile_runtime import backends, baseline, report_markdown
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.checks import check_first_layer, failed
+from mobile_runtime.checks import check_inside
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.goldens import golden_cases, prompt_case
@@ -102,17 +102,11 @@ def validate(
             for runtime in chosen:
                 run = run_here(bundle, entry.name, runtime, repeats=repeats, step=step)
                 found = judge_component(bundle, entry.name, runtime, run)
-                if failed(found.checks):
-                    step(f"{entry.name} in {runtime.label}: look inside")
-                    found.checks.append(check_first_layer(bundle, entry.name, runtime))
+                step(f"{entry.name} in {runtime.label}: look inside")
+                found.checks += check_inside(bundle, entry.name, runtime, found.checks)
                 judged.add(found)
         runs = draw_here(bundle, chosen[-1], wanted, repeats=repeats, step=step)
-        drawn = judge_prompts(bundle, chosen[-1], runs)
-        if failed(drawn.checks) and not failed(judged.checks):
-            for entry in manifest.components:
-                step(f"{entry.name} in {chosen[-1].label}: look inside")
-                judged.checks.append(check_first_layer(bundle, entry.name, chosen[-1]))
-        judged.add(drawn)
+        judged.add(judge_prompts(bundle, chosen[-1], runs))
     left_out = len(manifest.golden.prompts) - len(wanted)
     judged.checks += told_elsewhere(bundle, chosen, left_out)
     return report_of(bundle, judged)
@@ -208,7 +202,7 @@ def told_elsewhere(bundle: Bundle, chosen: Sequence[Runtime], left_out: int) -> 
 def _count_steps(bundle: Bundle, chosen: list[Runtime], prompts: list[int], repeats: int) -> int:
     """How many times the checks tell a step, if all goes well."""
     golden = bundle.manifest.golden
-    per_model = sum(2 + (golden.cases.get(e.name) or 0) for e in bundle.manifest.components)
+    per_model = sum(3 + (golden.cases.get(e.name) or 0) for e in bundle.manifest.components)
     timed = sum(r.backend not in UNTIMED and repeats > 0 for r in chosen) * len(
         bundle.manifest.components
     )

@@ -245,7 +245,7 @@ def test_an_undamaged_bundle_passes_and_nothing_inside_diverges(bundles, target,
 def test_damage_is_caught_and_its_place_named(bundles, damage, tmp_path):
     report = checked(damaged(bundles["onnx"], damage, tmp_path / "bundle"))
     assert report.verdict == "fail"
-    named = [check for check in report.checks if check.kind == "first_layer" and check.gated]
+    named = [check for check in report.checks if check.kind == "inside" and check.status == "fail"]
     if damage.layer is None:
         assert named == []
     else:
@@ -272,7 +272,7 @@ PACKAGE_DAMAGES = [
 def test_damage_to_a_core_ml_package_is_caught_and_its_place_named(bundles, damage, tmp_path):
     report = checked(damaged(bundles["coreml"], damage, tmp_path / "bundle"))
     assert report.verdict == "fail"
-    named = [check for check in report.checks if check.kind == "first_layer" and check.gated]
+    named = [check for check in report.checks if check.kind == "inside" and check.status == "fail"]
     assert {check.runtime for check in named} == {"mil float32", "mil float16"}
     assert {check.details["layer"] for check in named} == {damage.layer}
 
@@ -289,7 +289,7 @@ def test_a_number_that_leaves_float16s_range_fails_in_float16_alone(bundles, tmp
     report = checked(damaged(bundles["coreml"], Damage("overflow", apply), tmp_path / "bundle"))
     failed = [c for c in report.checks if c.component == "vae_decoder" and c.status == "fail"]
     assert {check.runtime for check in failed} == {"mil float16"}
-    (named,) = [check for check in failed if check.kind == "first_layer"]
+    (named,) = [check for check in failed if check.kind == "inside"]
     assert named.details["layer"] == CONV
     assert "not finite" in named.reason
 
@@ -304,7 +304,7 @@ def test_values_inside_are_told_where_they_cannot_be_looked_at(bundles, tmp_path
 
     report = checked(damaged(bundles["onnx"], Damage("old", apply), tmp_path / "bundle"))
     assert report.verdict == "fail"
-    (told,) = [check for check in report.checks if check.kind == "first_layer"]
+    (told,) = [check for check in report.checks if check.kind == "inside"]
     assert told.status == "not_run"
     assert not told.gated
     assert "convert it again" in told.reason

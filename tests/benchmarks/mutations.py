@@ -53,7 +53,7 @@ def _converted(folder: Path, target: str, seed: int) -> Path:
 
 def _named(report: Report) -> str:
     """The layer that a report names first."""
-    named = [check for check in report.checks if check.kind == "first_layer" and check.gated]
+    named = [check for check in report.checks if check.kind == "inside" and check.status == "fail"]
     return named[0].details["layer"] if named else "-"
 
 
