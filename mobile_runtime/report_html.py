@@ -116,7 +116,7 @@ def _inside(report: Report) -> str:
                 f'<p class="soft">SNR in dB against PyTorch of {len(now)} values inside, in the '
                 "order of execution; dashed: at conversion.</p>"
             )
-            plot = step_lines(series, "of the values inside") + note
+            plot = step_lines(series, "of the values inside", dashed="at conversion") + note
         cards.append(
             f'<div class="card prompt"><p><b>{escape(check.component)}</b> in '
             f"{escape(check.runtime)}: {escape(check.reason)}</p>{plot}</div>"

@@ -25,7 +25,7 @@ STYLE = """
 :root { --bar: #4c7bd9; } .plot { width: 100%; height: auto; display: block; }
 .plot text { fill: var(--soft); font-size: 13px; } .plot .grid { stroke: var(--line); }
 .plot polyline { fill: none; stroke: var(--bar); stroke-width: 2; }
-.plot .line1 { stroke: var(--soft); stroke-dasharray: 4 4; }
+.plot .dashed { stroke: var(--soft); stroke-dasharray: 4 4; }
 .plot circle { fill: var(--bar); }
 @media (max-width: 30rem) { .plot text { font-size: 22px; } .bars { font-size: .8125rem;
   grid-template-columns: minmax(5rem, max-content) minmax(0, 1fr) max-content; } }
@@ -79,11 +79,13 @@ def parity_bar(
 
 
 def step_lines(
-    series: Sequence[tuple[str, Sequence[float | None]]], label: str = "after each step"
+    series: Sequence[tuple[str, Sequence[float | None]]],
+    label: str = "after each step",
+    dashed: str | None = None,
 ) -> str:
     """SNR in dB at each step, a line for each named series; None is drawn at the top.
 
-    label: what the steps are, for those who cannot see the plot.
+    label: what the steps are, for those who cannot see the plot. dashed: the series to draw so.
     """
     values = [
         [HIGHEST_DB if v is None else min(max(v, 0.0), HIGHEST_DB) for v in own]
@@ -113,13 +115,11 @@ def step_lines(
         parts.append(
             f'<text x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{step + 1}</text>'
         )
-    for number, ((name, _), own) in enumerate(zip(series, values, strict=True)):
+    for (name, _), own in zip(series, values, strict=True):
         points = [(x(step), y(value)) for step, value in enumerate(own)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        parts.append(
-            f'<polyline class="line{number}" points="{path}">'
-            f"<title>{escape(name)}</title></polyline>"
-        )
+        form = ' class="dashed"' if name == dashed else ""
+        parts.append(f'<polyline{form} points="{path}"><title>{escape(name)}</title></polyline>')
         if len(points) > FEW_POINTS:
             continue
         parts += [
