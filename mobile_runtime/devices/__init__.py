@@ -3,6 +3,7 @@
     local           this machine, in a process of its own
     arm64           an emulated Arm processor
     ssh:HOST        a computer that ssh reaches
+    adb:SERIAL      an Android phone with the sample app
     folder:DIR      somebody else's: DIR/job goes to the device, its result comes back as DIR/result
 
 Every device brings a result folder as far as it can, and tells for each task that has no record
@@ -58,6 +59,7 @@ class Device(Protocol):
 
 def find(name: str) -> Device:
     """A device by its name. UserError for an unknown kind, with those that there are."""
+    from mobile_runtime.devices.adb import AdbDevice
     from mobile_runtime.devices.arm64 import arm64
     from mobile_runtime.devices.folder import FolderDevice
     from mobile_runtime.devices.processes import local
@@ -68,6 +70,8 @@ def find(name: str) -> Device:
         return local()
     if kind == "arm64" and not colon:
         return arm64()
+    if kind == "adb":
+        return AdbDevice.named(rest)
     if kind == "ssh":
         return SshDevice.named(rest)
     if kind == "folder":
@@ -79,15 +83,17 @@ def find(name: str) -> Device:
 
 def there() -> list[Device]:
     """The devices that need no name of the user's, available or not."""
+    from mobile_runtime.devices import adb
     from mobile_runtime.devices.arm64 import arm64
     from mobile_runtime.devices.processes import local
 
-    return [local(), arm64()]
+    return [local(), arm64(), *(adb.AdbDevice(serial) for serial in adb.devices())]
 
 
 KINDS = {
     "local": "this machine, in a process of its own",
     "arm64": "an emulated Arm processor: are its INT8 kernels right? (--setup arm64 first)",
     "ssh:HOST[,python=PATH]": "a computer that ssh reaches, say a Mac or an Arm board",
+    "adb[:SERIAL[,app=PACKAGE]]": "an Android phone with an app that takes jobs (JOBS.md)",
     "folder:DIR": "results gathered by hand: DIR/job goes to the device, DIR/result comes back",
 }

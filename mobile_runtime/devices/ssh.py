@@ -7,17 +7,14 @@ is fetched as soon as it is done, so that a computer that vanishes takes nothing
 """
 
 import hashlib
-import io
 import os
 import queue
 import shlex
 import shutil
 import subprocess
-import tarfile
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +22,15 @@ from typing import IO
 
 from mobile_runtime.devices import Troubles, Work
 from mobile_runtime.devices.attempts import Fault, attempts
+from mobile_runtime.devices.transfers import (
+    SHOWN_LETTERS,
+    LostError,
+    files_of,
+    keep,
+    packed,
+    said,
+    unpacked,
+)
 from mobile_runtime.errors import UserError
 from mobile_runtime.jobs import DEVICE, Result, open_job
 from mobile_runtime.runs import NoRun
@@ -36,7 +42,6 @@ ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 NEEDED = ("numpy", "pydantic", "safetensors", "tqdm", "regex")
 ROOT = ".cache/pocket_diffusion"
 CONNECTION_LOST = 255
-SHOWN_LETTERS = 300
 POLL_S = 0.2
 
 
@@ -72,10 +77,10 @@ class SshDevice:
         except subprocess.TimeoutExpired:
             return f"{self.host} does not answer"
         if done.returncode == CONNECTION_LOST:
-            return f"{self.host} cannot be reached: {_said(done.stderr)}"
+            return f"{self.host} cannot be reached: {said(done.stderr)}"
         if done.returncode:
             return (
-                f"{self.python} on {self.host} lacks something ({_said(done.stderr)}); there, run: "
+                f"{self.python} on {self.host} lacks something ({said(done.stderr)}); there, run: "
                 f"{self.python} -m pip install {' '.join(NEEDED)} onnxruntime, or name another "
                 f"with ssh:{self.host},python=PATH"
             )
@@ -88,10 +93,10 @@ class SshDevice:
         try:
             work.tell(f"{self.name}: send the bundle")
             self._send(_code(), self._code_there)
-            self._send(_tree(work.bundle.path), f"{ROOT}/bundles/{job.manifest_sha256}")
-            self._send(_tree(work.job), f"{ROOT}/jobs/{job.id}")
+            self._send(files_of(work.bundle.path), f"{ROOT}/bundles/{job.manifest_sha256}")
+            self._send(files_of(work.job), f"{ROOT}/jobs/{job.id}")
             self._fetch(Result(work.result, job), [task.name for task in job.tasks])
-        except (_LostError, OSError, subprocess.TimeoutExpired) as error:
+        except (LostError, OSError, subprocess.TimeoutExpired) as error:
             why = NoRun("not_run", f"{self.name}: {error}")
             return dict.fromkeys(Result(work.result, job).missing(), why)
         troubles = attempts(work, self.name, self._attempt)
@@ -135,7 +140,7 @@ class SshDevice:
             code = process.wait()
             if code not in (0, 1, CONNECTION_LOST):  # 1: a task failed, which its record tells
                 self._fetch(result, tasks)
-        except (_LostError, OSError, subprocess.TimeoutExpired) as error:
+        except (LostError, OSError, subprocess.TimeoutExpired) as error:
             return Fault(NoRun("not_run", f"{self.name}: {error}"), for_all=True)
         finally:
             process.kill()
@@ -170,16 +175,10 @@ class SshDevice:
         command = (
             f"rm -rf {partial} && mkdir -p {partial} && tar -xf - -C {partial} && mv {partial} {to}"
         )
-        with tempfile.TemporaryFile() as spool:
-            with tarfile.open(fileobj=spool, mode="w") as archive:
-                for name, content in files:
-                    entry = tarfile.TarInfo(name)
-                    entry.size, entry.mode = len(content), 0o644
-                    archive.addfile(entry, io.BytesIO(content))
-            spool.seek(0)
+        with packed(files) as spool:
             done = self._call(command, spool)
         if done.returncode:
-            raise _LostError(f"what a job needs could not be sent: {_said(done.stderr)}")
+            raise LostError(f"what a job needs could not be sent: {said(done.stderr)}")
 
     def _fetch(self, result: Result, tasks: Sequence[str]) -> None:
         """What is there of these tasks' results, each file whole; the records last."""
@@ -192,26 +191,14 @@ class SshDevice:
         )
         done = self._call(command)
         if done.returncode:
-            raise _LostError(f"the result could not be fetched: {_said(done.stderr)}")
+            raise LostError(f"the result could not be fetched: {said(done.stderr)}")
         if not done.stdout:
             return
-        found = _unpacked(done.stdout, set(names))
-        for name in sorted(found, key=lambda name: name.endswith(".json")):
-            partial = result.folder / f".{name}.partial"
-            partial.write_bytes(found[name])
-            partial.replace(result.folder / name)
-
-
-class _LostError(Exception):
-    """The computer does not answer any more, or has no room."""
+        keep(unpacked(done.stdout, set(names)), result.folder)
 
 
 def _ssh() -> list[str]:
     return shlex.split(os.environ.get(COMMAND, "ssh"))
-
-
-def _said(output: bytes) -> str:
-    return " ".join(output.decode(errors="replace").split())[-SHOWN_LETTERS:] or "it says nothing"
 
 
 def _code() -> list[tuple[str, bytes]]:
@@ -221,26 +208,6 @@ def _code() -> list[tuple[str, bytes]]:
         (str(path.relative_to(package.parent)), path.read_bytes())
         for path in sorted(package.rglob("*.py"))
     ]
-
-
-def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            yield str(path.relative_to(folder)), path.read_bytes()
-
-
-def _unpacked(data: bytes, wanted: set[str]) -> dict[str, bytes]:
-    """The regular files of a tar archive with these very names; all else is left."""
-    found = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-            for entry in archive:
-                stream = archive.extractfile(entry) if entry.isfile() else None
-                if entry.name in wanted and stream is not None:
-                    found[entry.name] = stream.read()
-    except (tarfile.TarError, EOFError) as error:
-        raise _LostError(f"the result came back cut short: {error}") from error
-    return found
 
 
 def _lines(stream: IO[bytes]) -> "queue.Queue[str | None]":

@@ -241,7 +241,7 @@ def test_what_comes_back_is_only_what_was_asked_for(tmp_path: Path) -> None:
         link = tarfile.TarInfo("unet.safetensors")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    found = ssh._unpacked(stream.getvalue(), {"unet.json", "unet.safetensors"})
+    found = transfers.unpacked(stream.getvalue(), {"unet.json", "unet.safetensors"})
     assert found == {"unet.json": b"{}"}
-    with pytest.raises(ssh._LostError, match="cut short"):
-        ssh._unpacked(stream.getvalue()[:700], {"unet.json"})
+    with pytest.raises(transfers.LostError, match="cut short"):
+        transfers.unpacked(stream.getvalue()[:700], {"unet.json"})

@@ -1,0 +1,62 @@
+"""What devices that are reached by a command have in common: folders as tar streams, both ways."""
+
+import io
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+SHOWN_LETTERS = 300
+
+
+class LostError(Exception):
+    """The device does not answer any more, or has no room."""
+
+
+def said(output: bytes) -> str:
+    """The end of what a command said, in one line."""
+    return " ".join(output.decode(errors="replace").split())[-SHOWN_LETTERS:] or "it says nothing"
+
+
+def files_of(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Each file of a folder, by its relative name."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path.read_bytes()
+
+
+@contextmanager
+def packed(files: Iterable[tuple[str, bytes]]) -> Iterator[IO[bytes]]:
+    """Files as a tar archive, to be read from its beginning."""
+    with tempfile.TemporaryFile() as spool:
+        with tarfile.open(fileobj=spool, mode="w") as archive:
+            for name, content in files:
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mode = len(content), 0o644
+                archive.addfile(entry, io.BytesIO(content))
+        spool.seek(0)
+        yield spool
+
+
+def unpacked(data: bytes, wanted: set[str]) -> dict[str, bytes]:
+    """The regular files of a tar archive with these very names; all else is left."""
+    found = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            for entry in archive:
+                stream = archive.extractfile(entry) if entry.isfile() else None
+                if entry.name in wanted and stream is not None:
+                    found[entry.name] = stream.read()
+    except (tarfile.TarError, EOFError) as error:
+        raise LostError(f"the result came back cut short: {error}") from error
+    return found
+
+
+def keep(found: Mapping[str, bytes], folder: Path) -> None:
+    """Write what came back, each file whole; the records last, which say that a task is done."""
+    for name in sorted(found, key=lambda name: name.endswith(".json")):
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(found[name])
+        partial.replace(folder / name)
