@@ -4,6 +4,7 @@
     arm64           an emulated Arm processor
     ssh:HOST        a computer that ssh reaches
     adb:SERIAL      an Android phone with the sample app
+    ios:UDID        an iPhone with the sample app, from a Mac
     folder:DIR      somebody else's: DIR/job goes to the device, its result comes back as DIR/result
 
 Every device brings a result folder as far as it can, and tells for each task that has no record
@@ -62,6 +63,7 @@ def find(name: str) -> Device:
     from mobile_runtime.devices.adb import AdbDevice
     from mobile_runtime.devices.arm64 import arm64
     from mobile_runtime.devices.folder import FolderDevice
+    from mobile_runtime.devices.ios import IosDevice
     from mobile_runtime.devices.processes import local
     from mobile_runtime.devices.ssh import SshDevice
 
@@ -72,6 +74,8 @@ def find(name: str) -> Device:
         return arm64()
     if kind == "adb":
         return AdbDevice.named(rest)
+    if kind == "ios":
+        return IosDevice.named(rest)
     if kind == "ssh":
         return SshDevice.named(rest)
     if kind == "folder":
@@ -95,5 +99,6 @@ KINDS = {
     "arm64": "an emulated Arm processor: are its INT8 kernels right? (--setup arm64 first)",
     "ssh:HOST[,python=PATH]": "a computer that ssh reaches, say a Mac or an Arm board",
     "adb[:SERIAL[,app=PACKAGE]]": "an Android phone with an app that takes jobs (JOBS.md)",
+    "ios:UDID[,app=BUNDLE_ID]": "an iPhone with such an app, from a Mac with Xcode",
     "folder:DIR": "results gathered by hand: DIR/job goes to the device, DIR/result comes back",
 }

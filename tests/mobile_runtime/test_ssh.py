@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.devices import Work, find, ssh
+from mobile_runtime.devices import Work, find, ssh, transfers
 from mobile_runtime.devices.ssh import SshDevice
 from mobile_runtime.errors import UserError
 from mobile_runtime.jobs import Result, make_job
