@@ -266,6 +266,8 @@ def _pipeline_maker(
 
 
 def _golden_prompts(recipe: Recipe) -> tuple[GoldenPrompt, ...]:
+    """Each prompt with seeds of its own, all of them different."""
+    wanted = [prompt for prompt in recipe.golden_prompts for _ in range(recipe.golden_seeds)]
     return tuple(
         GoldenPrompt(
             prompt=prompt,
@@ -273,7 +275,7 @@ def _golden_prompts(recipe: Recipe) -> tuple[GoldenPrompt, ...]:
             steps=recipe.schedule.steps,
             guidance_scale=recipe.schedule.guidance_scale,
         )
-        for seed, prompt in enumerate(recipe.golden_prompts)
+        for seed, prompt in enumerate(wanted)
     )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,26 +15,31 @@ from mobile_runtime import devices
 from mobile_runtime.backends import default_backend
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.cache import cache_root
+from mobile_runtime.checks import Teller
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S, Device, Troubles, Work
 from mobile_runtime.devices.folder import FolderDevice
 from mobile_runtime.errors import UserError
 from mobile_runtime.jobs import Job, Result, ResultError, make_job, open_job
 from mobile_runtime.judge import Judged, component_runs, judge_result
 from mobile_runtime.manifest import ComponentName
-from mobile_runtime.report import DeviceRun, Report
+from mobile_runtime.report import PIPELINE, Check, DeviceRun, Report
 from mobile_runtime.runs import ComponentRun, NoRun, Runtime
 from mobile_runtime.validate import UNTIMED, report_of, told_elsewhere
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What devices are asked to run. backend: None takes the target's own."""
+    """What devices are asked to run.
+
+    backend: None takes the target's own. layers: each quantized layer alone, too.
+    """
 
     backend: str | None = None
     options: dict[str, Any] | None = None
     prompts: int | None = None
     repeats: int = 10
     timeout_s: float = DEFAULT_TIMEOUT_S
+    layers: bool = False
 
 
 def validate_on(
@@ -53,10 +59,48 @@ def validate_on(
     for device, runtime in zip(chosen, runtimes, strict=True):
         found, facts = _on(bundle, device, runtime, asked, tell)
         judged.add(found)
+        if asked.layers:
+            tell(f"{device.name}: quantized layers alone")
+            judged.checks += _layers(bundle, device, runtime)
         ran += [facts] if facts else []
     left_out = len(bundle.manifest.golden.prompts) - len(_prompts(bundle, asked))
     judged.checks += told_elsewhere(bundle, runtimes, left_out)
     return report_of(bundle, judged, ran)
+
+
+def _layers(bundle: Bundle, device: Device, runtime: Runtime) -> list[Check]:
+    """Each quantized layer alone there and here; a check for each component that has any."""
+    from mobile_runtime.layers_alone import compare_on
+
+    gate_db = bundle.manifest.gates.layer_snr_db
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            layers = compare_on(bundle, [device.name], Path(folder) / "layers")
+        except UserError as error:
+            tell = Teller(PIPELINE, runtime.label)
+            reason = f"the quantized layers alone: {error}"
+            return [tell("layers", "not_run", reason)]
+    checks = []
+    for component in dict.fromkeys(layer.component for layer in layers):
+        mine = [layer for layer in layers if layer.component == component]
+        worst = min(mine, key=lambda layer: layer.snr_db)
+        equal = sum(layer.equal for layer in mine)
+        reason = f"{equal} of {len(mine)} quantized layers are equal in every bit to those here"
+        if equal < len(mine):
+            reason += f"; the furthest, {worst.layer}, has {worst.snr_db:.1f} dB"
+        low = gate_db is not None and not worst.snr_db >= gate_db
+        checks.append(
+            Teller(component, runtime.label)(
+                "layers",
+                "fail" if low else "pass",
+                reason,
+                value=None if worst.equal else worst.snr_db,
+                equal=worst.equal,
+                unit="dB",
+                gate=gate_db,
+            )
+        )
+    return checks
 
 
 def _runtime(bundle: Bundle, device: Device, asked: Asked) -> Runtime:

@@ -69,6 +69,7 @@ def check_prompt(
         )
     shown = Pictures(
         prompt=case.golden.prompt,
+        seed=case.golden.seed,
         runtime=runtime.label,
         source=case.source_picture,
         reference=case.picture,

@@ -30,6 +30,7 @@ Kind = Literal[
     "repeat",  # the same input twice gives the same bits
     "conditioning",  # the prompt changes the UNet's output as it changes the reference
     "layers_at_conversion",  # quantized layers on the same inputs; recorded, not measured again
+    "layers",  # quantized layers alone, on a device and here, on the same inputs
     "inside",  # every value inside, against PyTorch's; it names the first layer that diverges
     "tokens",  # prompt to ids
     "noise",  # seed to noise
@@ -81,6 +82,7 @@ class Pictures(Strict):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     prompt: str
+    seed: int
     runtime: str
     source: np.ndarray
     reference: np.ndarray

@@ -24,6 +24,9 @@ from mobile_runtime.report_plots import HIGHEST_DB, STYLE, Bar, bars, parity_bar
 
 # One level of 255 shows as 32, which an eye can find on black.
 AMPLIFIED = 32
+# The page stays small enough to be sent around.
+PICTURE_BYTES = 2_000_000
+EXACT_PIXELS = 256
 _WORDS = {"pass": "Pass", "fail": "Fail", "not_run": "Not run", "not_gated": "Not gated"}
 
 _STYLE = """
@@ -127,10 +130,19 @@ def _inside(report: Report) -> str:
 def _pictures(report: Report) -> str:
     if not report.pictures:
         return ""
-    prompts: dict[str, list[Pictures]] = {}
+    prompts: dict[tuple[str, int], list[Pictures]] = {}
     for pictures in report.pictures:
-        prompts.setdefault(pictures.prompt, []).append(pictures)
-    return "<h2>Golden pictures</h2>" + "".join(map(_prompt_card, prompts.values()))
+        prompts.setdefault((pictures.prompt, pictures.seed), []).append(pictures)
+    cards, letters = list[str](), 0
+    for runs in prompts.values():
+        card = _prompt_card(runs)
+        letters += len(card)
+        if letters > PICTURE_BYTES:
+            break
+        cards.append(card)
+    left = len(prompts) - len(cards)
+    more = f'<p class="soft">{left} more are in the table below, without pictures.</p>'
+    return "<h2>Golden pictures</h2>" + "".join(cards) + (more if left else "")
 
 
 def _prompt_card(runs: list[Pictures]) -> str:
@@ -157,14 +169,20 @@ def _prompt_card(runs: list[Pictures]) -> str:
     )
     return (
         f'<section class="card prompt{small}" style="--ratio: {width} / {height}">'
-        f'<p>“{escape(first.prompt)}”</p><div class="pictures">{figures}</div></section>'
+        f'<p>“{escape(first.prompt)}” <span class="soft">seed {first.seed}</span></p>'
+        f'<div class="pictures">{figures}</div></section>'
     )
 
 
 def _data_uri(picture: np.ndarray) -> str:
+    """A picture as part of the page: as it is if it is small, else as a JPEG."""
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    if max(picture.shape) <= EXACT_PIXELS:
+        kind, options = "png", {}
+    else:
+        kind, options = "jpeg", {"quality": 85}
+    Image.fromarray(picture).save(stream, format=kind, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def _named(name: str, runtime: str) -> str:

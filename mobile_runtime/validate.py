@@ -255,6 +255,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {DEFAULT_TIMEOUT_S:g})",
     )
     parser.add_argument(
+        "--layers",
+        action="store_true",
+        help="with --device: each layer with quantized activations alone there and here, too",
+    )
+    parser.add_argument(
         "--prompts", type=_positive, metavar="N", help="only the first N golden prompts"
     )
     parser.add_argument(
@@ -289,8 +294,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _here(bundle: Bundle, args: argparse.Namespace) -> Report:
-    if args.option:
-        raise UserError("--option goes with --device; name one, say --device local")
+    for option, given in (("--option", args.option), ("--layers", args.layers)):
+        if given:
+            raise UserError(f"{option} goes with --device; name one, say --device local")
     return validate(bundle, backend=args.backend, prompts=args.prompts, repeats=args.repeats)
 
 
@@ -300,7 +306,7 @@ def _on_devices(bundle: Bundle, args: argparse.Namespace) -> Report:
     options = backends.parse_options(args.option)
     name = args.backend or backends.default_backend(bundle.manifest.target)
     backends.check_options(name, options)
-    asked = Asked(name, options, args.prompts, args.repeats, args.timeout)
+    asked = Asked(name, options, args.prompts, args.repeats, args.timeout, args.layers)
     # disable=None: nothing where the output is not a terminal.
     with tqdm(disable=None, bar_format="{desc} {elapsed}", delay=PROGRESS_AFTER_S) as line:
         return validate_on(bundle, args.device, asked, line.set_description)

@@ -283,6 +283,9 @@ class Recipe(Strict):
         min_length=1,
         description="the bundle holds a golden run of each, to be held against every runtime",
     )
+    golden_seeds: int = Field(
+        default=1, ge=1, le=1000, description="how many golden runs of each, from a seed of its own"
+    )
     gates: GateOverrides = GateOverrides()
     targets: Targets = Targets()
 

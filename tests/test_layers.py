@@ -26,6 +26,7 @@ stages:
       activations: int8_static
       calibration: {{prompts: {folder}/prompts.txt, samples: 2, observer: minmax}}
 golden_prompts: [a red tent]
+golden_seeds: 3
 """
 
 
@@ -61,12 +62,37 @@ def test_every_quantized_layer_is_cut_out_and_gives_what_it_gives_in_its_place(f
             assert check.equal or check.value > 45
 
 
+def test_each_golden_prompt_is_held_on_every_seed(folder):
+    from mobile_runtime.validate import validate
+
+    bundle = Bundle.open(folder / "bundle")
+    told = [(golden.prompt, golden.seed) for golden in bundle.manifest.golden.prompts]
+    assert told == [("a red tent", seed) for seed in range(3)]
+    report = validate(bundle, repeats=0, progress=False)
+    assert report.verdict == "pass"
+    for kind in ("picture", "trajectory", "noise", "sampler"):
+        assert {check.prompt for check in report.checks if check.kind == kind} == {0, 1, 2}
+
+
 def test_a_process_of_its_own_gives_the_same_bits(folder, capsys):
     code, text = told(capsys, folder / "bundle", "--device", "local")
     assert code == 0
     plans = Bundle.open(folder / "bundle").manifest.quantization
     count = sum(plan.activations != "none" for plan in plans)  # an embedding has none
     assert f"{count} of {count} quantized layers are equal in every bit" in text
+
+
+def test_a_devices_report_tells_its_layers_alone(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("POCKET_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    argv = ["validate", str(folder / "bundle"), "--layers", "--prompts", "1", "--repeats", "0"]
+    assert run_cli(main, argv) == 2
+    assert "--layers goes with --device" in capsys.readouterr().err
+    argv += ["--device", "local", "--output", str(tmp_path)]
+    assert run_cli(main, argv) == 0
+    checks = json.loads((tmp_path / "report.json").read_text())["checks"]
+    told = [check for check in checks if check["kind"] == "layers"]
+    assert [check["component"] for check in told] == ["text_encoder", "unet", "vae_decoder"]
+    assert {(check["status"], check["equal"]) for check in told} == {("pass", True)}
 
 
 def test_a_machine_that_rounds_otherwise_is_told_by_layer(folder, capsys, monkeypatch):

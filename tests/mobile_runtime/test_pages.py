@@ -6,12 +6,14 @@ The pages are as full as they get: a failure with the values inside, a long plan
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mobile_runtime.__main__ import main
 from mobile_runtime.errors import run_cli
 from mobile_runtime.manifest import LayerPlan
-from mobile_runtime.report import Check, DeviceRun, Report, with_checks, write_report
+from mobile_runtime.report import Check, DeviceRun, Pictures, Report, with_checks, write_report
+from mobile_runtime.report_html import render
 from mobile_runtime.validate import validate
 from tests.browser import Scheme, chromium, look
 from tests.bundles import make_bundle
@@ -93,6 +95,19 @@ def test_a_page_is_one_small_file_that_needs_nothing_else(pages: dict[str, Path]
         assert "<script" not in text
         assert "http://" not in text.replace("http://www.w3.org", "")
         assert "https://" not in text
+
+
+def test_large_pictures_and_many_of_them_keep_the_page_small(report: Report) -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)  # noise: the worst to compress
+    shown = Pictures(
+        prompt="noise", seed=0, runtime="r", source=picture, reference=picture, output=picture
+    )
+    many = tuple(shown.model_copy(update={"seed": seed}) for seed in range(40))
+    page = render(report.model_copy(update={"pictures": many}))
+    assert len(page.encode()) < MAX_BYTES
+    assert "seed 0" in page
+    assert "more are in the table below, without pictures" in page
 
 
 def test_a_failures_place_stands_on_top(report: Report, pages: dict[str, Path]) -> None:

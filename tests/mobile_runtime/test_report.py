@@ -230,7 +230,12 @@ def pictures(prompt: str = "a red fox") -> Pictures:
     rng = np.random.default_rng(0)
     source, reference, output = rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     return Pictures(
-        prompt=prompt, runtime="onnxruntime", source=source, reference=reference, output=output
+        seed=0,
+        prompt=prompt,
+        runtime="onnxruntime",
+        source=source,
+        reference=reference,
+        output=output,
     )
 
 
