@@ -27,8 +27,6 @@ MOVING = frozenset(
         *("unflatten", "unsqueeze", "view", "zeros"),
     )
 )
-# Attention scores at a large size would take minutes and tell nothing that their use does not.
-MAX_ELEMENTS = 2**24
 # A value in the file is a tap's if it agrees so far; quantized activations deep inside have little.
 MATCHES_DB = 20.0
 
@@ -57,7 +55,11 @@ def computed(program: torch.export.ExportedProgram, inputs: Iterable[np.ndarray]
 
     def note(node: fx.Node, value: Tensor) -> None:
         op = _op_of(node)
-        if op is None or not value.is_floating_point() or not 1 < value.numel() <= MAX_ELEMENTS:
+        if (
+            op is None
+            or not value.is_floating_point()
+            or not 1 < value.numel() <= taps.MAX_ELEMENTS
+        ):
             return
         layer = _layer_of(node)
         seen.append(Computed(layer, op, node.name, value.numel(), taps.sketch(value.numpy())))

@@ -34,6 +34,8 @@ from mobile_runtime.runs import NoRun, Runtime, brief
 
 SKETCH_SIZE = 64
 SKETCH_KEY = 0x7A95  # of Philox, whose bits give the signs
+# Attention scores at a large size would take long and tell nothing that their use does not.
+MAX_ELEMENTS = 2**24
 HIGHEST_DB = 200.0
 """Told of values that are equal."""
 # A tap diverges where it is so far below what it had at conversion, and it is wrong, so that the
@@ -217,7 +219,7 @@ def watch(
 
     def look(name: str, value: np.ndarray) -> None:
         # A layer that is computed twice is shown twice; the first counts.
-        if value.dtype.kind == "f" and name not in seen:
+        if value.dtype.kind == "f" and value.size <= MAX_ELEMENTS and name not in seen:
             seen[name] = sketch(value)
 
     backends.watch(path, backend, dict(feeds), wanted, outputs, look, **options)
