@@ -5,8 +5,8 @@
 runs, and shows as one test each, what `python -m mobile_runtime validate` checks: for every
 component its outputs' form, both references, two runs on the same input, and the prompt's effect;
 for every golden prompt the tokens, the noise, the latents and the picture. With onnxruntime by
-default for an ONNX bundle; `--bundle-backend` names another. Your own tests run beside them if you
-name them:
+default for an ONNX bundle; `--bundle-backend` names another. Gates are the bundle's own;
+`--bundle-gate picture_psnr_db=35` sets another. Your own tests run beside them if you name them:
 
     pytest -p mobile_runtime.pytest_plugin --bundle=build/pocket_int8.onnx tests
 
@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from mobile_runtime import gates
 from mobile_runtime.bundle import MANIFEST, Bundle
 from mobile_runtime.checks import check_inside, component_kinds
 from mobile_runtime.errors import PocketError
@@ -37,11 +38,14 @@ from mobile_runtime.validate import draw_here, run_here, runtimes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --bundle and --bundle-backend."""
+    """Add --bundle, --bundle-backend and --bundle-gate."""
     group = parser.getgroup("mobile_runtime")
     group.addoption("--bundle", metavar="DIR", help="check the parity of this bundle")
     group.addoption(
         "--bundle-backend", metavar="NAME", help="its runtime (default: the target's own)"
+    )
+    group.addoption(
+        "--bundle-gate", metavar="NAME=DB", action="append", default=[], help=gates.HELP
     )
 
 
@@ -82,7 +86,8 @@ class BundleFile(pytest.File):
     def collect(self) -> Iterator[pytest.Item]:
         """The tests, known from the manifest alone; nothing runs yet."""
         try:
-            bundle = Bundle.open(self.path.parent)
+            asked = gates.parse_gates(self.config.getoption("--bundle-gate"))
+            bundle = gates.with_gates(Bundle.open(self.path.parent), asked)
             chosen = runtimes(bundle, self.config.getoption("--bundle-backend"))
         except PocketError as error:
             raise self.CollectError(str(error)) from error

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from mobile_runtime.bundle import REPORTS, Bundle
 from mobile_runtime.errors import BundleError, UserError
+from mobile_runtime.gates import told_gates
 from mobile_runtime.latency import Environment, Latency
 from mobile_runtime.manifest import LayerPlan, Strict, Target
 from mobile_runtime.parity import Status
@@ -121,6 +122,9 @@ class Report(Strict):
     created: str = Field(description="UTC, ISO 8601")
     environment: Environment = Field(description="of the machine that judged")
     devices: tuple[DeviceRun, ...] = ()
+    asked_gates: dict[str, float | None] = Field(
+        default={}, description="in place of the bundle's own, from the command line"
+    )
     checks: tuple[Check, ...]
     latency: tuple[Latency, ...] = ()
     sizes: tuple[Size, ...] = ()
@@ -359,6 +363,8 @@ def format_table(report: Report) -> str:
         for check in report.checks
         if check.gated and check.status == "fail"
     ]
+    if report.asked_gates:
+        notes.append(f"gates from the command line: {told_gates(report.asked_gates)}")
     return "\n".join([text, "", *notes, f"{report.verdict.upper()}: {report.summary}"])
 
 

@@ -10,6 +10,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from mobile_runtime.gates import told_gates
 from mobile_runtime.manifest import LayerPlan
 from mobile_runtime.report import (
     Check,
@@ -97,10 +98,12 @@ def page(title: str, content: str) -> str:
 
 
 def _head(report: Report, title: str) -> str:
+    told = escape(told_gates(report.asked_gates))
+    asked = f"<p>Gates from the command line: {told}.</p>" if told else ""
     return (
         f'<header class="card verdict {report.verdict}"><h1>{escape(title)}: '
         f'<span class="tone">{_WORDS[report.verdict]}</span></h1>'
-        f"<p>{escape(report.summary)}.</p>"
+        f"<p>{escape(report.summary)}.</p>{asked}"
         f'<p class="soft">{escape(report.created)} · manifest SHA-256 '
         f"<code>{escape(report.manifest_sha256[:16])}…</code></p></header>"
     )
@@ -377,7 +380,11 @@ def _plan(report: Report) -> str:
 
 def _again(report: Report) -> str:
     devices = "".join(f" --device {shlex.quote(device.name)}" for device in report.devices)
-    command = f"python -m mobile_runtime validate BUNDLE{devices}"
+    asked = "".join(
+        f" --gate {name}={'none' if value is None else f'{value:g}'}"
+        for name, value in report.asked_gates.items()
+    )
+    command = f"python -m mobile_runtime validate BUNDLE{devices}{asked}"
     return (
         f'<h2>How to run it again</h2><div class="card"><code>{escape(command)}</code>'
         f'<p class="soft">BUNDLE: the folder whose manifest.json has the SHA-256 '

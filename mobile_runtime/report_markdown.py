@@ -1,5 +1,6 @@
 """A report as Markdown, for a pull request or a CI job's summary."""
 
+from mobile_runtime.gates import told_gates
 from mobile_runtime.report import (
     Report,
     component_rows,
@@ -15,6 +16,8 @@ def render(report: Report) -> str:
     """The verdict, the components, the pictures, the times, and what failed or was not run."""
     lines = [f"### {_text(report.bundle)} for {report.target}: {WORDS[report.verdict]}", ""]
     lines += [_text(report.summary), ""]
+    if report.asked_gates:
+        lines += [f"Gates from the command line: {_text(told_gates(report.asked_gates))}", ""]
     lines += _table(
         ("component", "runtime", "same function", "source", "verdict"),
         [

@@ -21,7 +21,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from mobile_runtime import backends, baseline, report_markdown
+from mobile_runtime import backends, baseline, gates, report_markdown
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.checks import check_inside
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S
@@ -275,6 +275,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"timed calls of each component, 0 for none (default: {DEFAULT_REPEATS})",
     )
+    parser.add_argument("--gate", action="append", default=[], metavar="NAME=DB", help=gates.HELP)
     parser.add_argument(
         "--baseline",
         type=Path,
@@ -330,7 +331,8 @@ def run(args: argparse.Namespace) -> int:
     Raises UserError where nothing could be run at all, a missing library say; nothing is written
     then, so that an earlier report stays.
     """
-    bundle = Bundle.open(args.bundle)
+    asked = gates.parse_gates(args.gate)
+    bundle = gates.with_gates(Bundle.open(args.bundle), asked)
     # A validation may take minutes; a report that cannot be kept is told before.
     check_writable(args.output or bundle.path)
     for option, path in (("--save-baseline", args.save_baseline), ("--markdown", args.markdown)):
@@ -340,6 +342,7 @@ def run(args: argparse.Namespace) -> int:
     if before:
         baseline.compare(bundle, (), before)  # of another bundle: told before anything runs
     report = _on_devices(bundle, args) if args.device else _here(bundle, args)
+    report = report.model_copy(update={"asked_gates": asked})
     models = [check for check in report.checks if check.kind == "outputs"]
     if all(check.status == "not_run" for check in models):
         raise UserError(models[0].reason if models else f"{bundle.path} holds nothing to check")

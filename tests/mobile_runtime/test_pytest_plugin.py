@@ -69,6 +69,21 @@ def test_the_pytest_plugin_fails_with_the_reason_and_no_traceback(
     result.stdout.no_fnmatch_line("*pytest_plugin.py*")
 
 
+def test_the_pytest_plugin_takes_gates_from_the_command_line(
+    pytester: pytest.Pytester, good: Bundle
+) -> None:
+    chosen = ("-k", "unet_same_function")
+    run_plugin(pytester, good, *chosen).assert_outcomes(passed=1)
+    high = run_plugin(pytester, good, *chosen, "--bundle-gate", "component_snr_db=500")
+    high.assert_outcomes(failed=1)
+    high.stdout.fnmatch_lines(["*gate is 500 dB*"])
+    off = run_plugin(pytester, good, *chosen, "--bundle-gate", "component_snr_db=none")
+    off.assert_outcomes(skipped=1)
+    wrong = run_plugin(pytester, good, *chosen, "--bundle-gate", "component_db=50")
+    assert "component_snr_db" in wrong.stdout.str() + wrong.stderr.str()
+    assert wrong.ret != 0
+
+
 def test_the_pytest_plugin_tells_a_golden_tensor_that_is_missing_without_a_traceback(
     pytester: pytest.Pytester, tmp_path: Path
 ) -> None:
