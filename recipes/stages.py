@@ -22,12 +22,14 @@ from recipes import (
     distill,
     finetune,
     fold,
+    probe,
     prune,
     quantize,
     resolution,
 )
-from recipes.measure import measure, outline, with_modules
+from recipes.measure import latent_size, measure, outline, with_modules
 from recipes.quantized_layers import dequantized
+from recipes.schedulers import choose_scheduler, every_timestep
 from recipes.schema import PRESERVING, Recipe, Stage
 from recipes.work import Done, Outcome, Work
 
@@ -169,6 +171,7 @@ def apply(
     done = Done.before(pipeline, recipe, cache, keeps)
     teacher = pipeline.unet
     before = _measure(pipeline, recipe)
+    looked: probe.Seen | None = _look(pipeline, recipe) if chosen else None
     needless = _needless(chosen, done.kept(chosen)) if seen is None and keeps else set()
     for index, stage in enumerate(chosen):
         progress(stage.name)
@@ -176,6 +179,7 @@ def apply(
         if index in needless:
             done.add(stage)
             applied.records.append({"stage": stage.name, "trained": SUPERSEDED})
+            looked = None  # nothing is there that the next stage could be held against
             continue
         with done.work(stage, functions.trained, teacher) as work:
             outcome = work.found(applied.pipeline) or work.keep(
@@ -193,6 +197,10 @@ def apply(
         applied.plans += outcome.plans
         after = _measure(outcome.pipeline, recipe)
         record = {"stage": stage.name, **outcome.record, "before": before, "after": after}
+        seen_now = _look(outcome.pipeline, recipe)
+        if looked is not None:
+            record["snr_db"] = probe.compare(looked, seen_now)
+        looked = seen_now
         if work.kept is not None:
             record["result"] = work.kept.name
         applied.records.append(record)
@@ -224,6 +232,14 @@ def _needless(chosen: Sequence[Stage], kept: Sequence[bool]) -> set[int]:
 
 def _measure(pipeline: Any, recipe: Recipe) -> dict[str, dict[str, int]]:
     return measure(pipeline, recipe.height, recipe.width, recipe.guided)
+
+
+def _look(pipeline: Any, recipe: Recipe) -> probe.Seen:
+    """One small call of each component, at the schedule's first step."""
+    scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
+    timestep = every_timestep(scheduler, recipe.schedule.every_steps)[0]
+    size = latent_size(pipeline, recipe.height, recipe.width)
+    return probe.look(pipeline, recipe.golden_prompts[0], size, timestep)
 
 
 def save(pipeline: Any, plans: Sequence[LayerPlan], folder: Path) -> None:

@@ -160,6 +160,13 @@ def test_all_stages_compose_and_tell_what_each_changed(tmp_path: Path) -> None:
     for name, smaller in (("prune", "unet"), ("decoder", "vae_decoder"), ("fold", "unet")):
         record = applied.records[names.index(name)]
         assert record["after"][smaller]["parameters"] < record["before"][smaller]["parameters"]
+    # And how far its outputs are from those before, component by component.
+    told = {record["stage"]: record["snr_db"] for record in applied.records}
+    for name, changed in (("prune", "unet"), ("distill", "unet"), ("decoder", "vae_decoder")):
+        assert isinstance(told[name][changed], float)
+        assert [part for part, figure in told[name].items() if figure != "equal"] == [changed]
+    assert told["fold"]["unet"] == "equal" or told["fold"]["unet"] > 100
+    assert all(10 < figure < 80 for figure in told["quantize"].values())
     # What `check` foretold has the shapes of what came.
     for part in ("unet", "vae"):
         foretold = {k: v.shape for k, v in getattr(outline, part).state_dict().items()}
