@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from converters.components import Component
 from mobile_runtime.manifest import ComponentName, Golden, GoldenPrompt
 from mobile_runtime.pipeline import Pipeline, Result
-from mobile_runtime.taps import sketch
+from mobile_runtime.sketches import sketch
 
 Arrays = dict[str, np.ndarray]
 Runner = Callable[[Arrays], Arrays]

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from converters.components import Component
 from converters.lowered import Watch
+from mobile_runtime import sketches as sk
 from mobile_runtime import taps
 from mobile_runtime.taps import Tap, Taps
 
@@ -62,7 +63,7 @@ def computed(program: torch.export.ExportedProgram, inputs: Iterable[np.ndarray]
         ):
             return
         layer = _layer_of(node)
-        seen.append(Computed(layer, op, node.name, value.numel(), taps.sketch(value.numpy())))
+        seen.append(Computed(layer, op, node.name, value.numel(), sk.sketch(value.numpy())))
 
     module = program.module()
     with torch.no_grad():
@@ -109,20 +110,20 @@ def record(
         for arithmetic, options in watch.runs.items()
     }
     first = next(iter(there.values()))
-    names, sketches = list(first), np.array(list(first.values())).reshape(-1, taps.SKETCH_SIZE)
+    names, sketches = list(first), np.array(list(first.values())).reshape(-1, sk.SKETCH_SIZE)
     found = []
     for one in seen if names else ():
         index, snr_db = _closest(one, names, sketches)
         if snr_db >= MATCHES_DB:
             value = names[index]
             figures = {
-                arithmetic: round(taps.sketch_snr_db(one.sketch, values[value]), 1)
+                arithmetic: round(sk.sketch_snr_db(one.sketch, values[value]), 1)
                 for arithmetic, values in there.items()
             }
             found.append((Tap(one.layer, one.op, value, one.elements, figures), one.sketch))
     return Taps(
         tuple(tap for tap, _ in found),
-        np.array([sketch for _, sketch in found], np.float32).reshape(-1, taps.SKETCH_SIZE),
+        np.array([sketch for _, sketch in found], np.float32).reshape(-1, sk.SKETCH_SIZE),
         taps.this_machine(watch.backend),
     )
 
@@ -131,14 +132,14 @@ def _closest(one: Computed, names: Sequence[str], sketches: np.ndarray) -> tuple
     """Which of the file's values (V, 64) is it: of its name, else the most like it; and the SNR."""
     noise = np.square(sketches - one.sketch, dtype=np.float64).sum(1)
     if not np.isfinite(noise).any():
-        return 0, -taps.HIGHEST_DB
-    snr_db = -taps.HIGHEST_DB
+        return 0, -sk.HIGHEST_DB
+    snr_db = -sk.HIGHEST_DB
     if one.value in names:
         index = names.index(one.value)
-        snr_db = taps.sketch_snr_db(one.sketch, sketches[index])
+        snr_db = sk.sketch_snr_db(one.sketch, sketches[index])
     if not snr_db >= MATCHES_DB:  # a target may number its values anew
         index = int(np.nanargmin(noise))
-        snr_db = taps.sketch_snr_db(one.sketch, sketches[index])
+        snr_db = sk.sketch_snr_db(one.sketch, sketches[index])
     return index, snr_db
 
 

@@ -145,7 +145,7 @@ def _is_int(value: object) -> TypeGuard[int]:
 def _named_paths(manifest: Manifest) -> list[str]:
     paths = [component.path for component in manifest.components]
     paths += [manifest.tokenizer.vocab, manifest.tokenizer.merges, manifest.golden.pipeline]
-    return paths + list(manifest.golden.components.values())
+    return [*paths, *manifest.golden.components.values(), *manifest.golden.taps.values()]
 
 
 def _check_file(root: Path, entry: FileEntry, verify: bool) -> None:

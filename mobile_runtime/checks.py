@@ -95,13 +95,17 @@ def check_inside(
 ) -> list[Check]:
     """Hold the values inside a component against PyTorch's, and name the first that diverges.
 
-    others: this component's other checks. Where the bundle has no taps, or the runtime does not
-    show its values, that is told only if one of them failed; it cannot be told then where.
+    others: this component's other checks. Where the runtime does not show its values, that is told
+    only if one of them failed; it cannot be told then where.
     """
     tell = Teller(component, runtime.label)
     wrong = failed(others)
     if not wrong and not can_look_inside(bundle, component, runtime):
-        return []
+        watchable = backends.WATCHABLE.get(runtime.backend, ())
+        if bundle.component(component).format not in watchable:
+            return []
+        reason = "its values inside: the bundle was made without taps; convert it again"
+        return [tell("inside", "not_run", reason).model_copy(update={"gated": False})]
     figures = taps.measure(bundle, component, runtime)
     if isinstance(figures, NoRun):
         reason = f"the first layer that diverges cannot be told: {figures.reason}"
@@ -147,7 +151,7 @@ def _same_function(
     check = _figures(tell, "same_function", cases, outputs, QUANTIZED_SNR_DB)
     why = (
         "a low gate, because integer kernels round some quantized activations to the next step and "
-        "depth amplifies that; the layers, the values inside and the picture are gated too"
+        "depth amplifies that; layers and pictures have gates of their own"
     )
     return check.model_copy(update={"reason": f"{check.reason}; {why}"})
 

@@ -52,7 +52,8 @@ def _lines(report: Report) -> list[Line]:
     found = []
     runtimes = dict.fromkeys(check.runtime for check in report.checks if check.kind == "outputs")
     for runtime in runtimes:
-        checks = [check for check in report.checks if check.runtime == runtime]
+        # What belongs to no runtime, a baseline say, counts for each.
+        checks = [c for c in report.checks if c.runtime == runtime or c.runtime not in runtimes]
         gated = {check.status for check in checks if check.gated}
         order: tuple[Status, ...] = ("fail", "not_run", "pass")
         same = [check for check in checks if check.kind == "same_function"]
@@ -63,7 +64,7 @@ def _lines(report: Report) -> list[Line]:
                 runtime=f"{runtime}, {_processor(report, runtime)}",
                 verdict=next((status for status in order if status in gated), "not_run"),
                 model_bytes=sum(size.bytes for size in report.sizes),
-                worst={check.component: check for check in same},
+                worst={check.component: check for check in same if check.runtime == runtime},
                 picture=min(pictures, key=_decibels, default=None),
                 times_ms={
                     row.component: (row.median_ms, row.min_ms, row.p90_ms)
@@ -147,7 +148,7 @@ def format_lines(lines: Sequence[Line]) -> str:
         rows.append(
             (
                 line.name,
-                f"{worst.component} {_told(worst)}" if worst else "-",
+                f"{worst.component} {_told(worst)}".replace("–", "-") if worst else "-",
                 _told(line.picture).replace("–", "-"),
                 f"{whole[0]:.1f} ms" if whole else "-",
                 f"{line.model_bytes / 1e6:.1f} MB",
@@ -186,6 +187,9 @@ def run(args: argparse.Namespace) -> int:
     if args.output.exists() and not args.force:
         raise UserError(f"{args.output} already exists; choose another --output, or add --force")
     check_writable(args.output.absolute().parent)
+    for path, report in zip(args.reports, reports, strict=True):
+        if not _lines(report):
+            raise UserError(f"{path} tells of no model that was run; validate the bundle again")
     lines = lines_of(reports)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, render(lines))

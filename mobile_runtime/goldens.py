@@ -13,6 +13,7 @@ from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError
 from mobile_runtime.manifest import ComponentName, GoldenPrompt, TensorSpec
 from mobile_runtime.sampler import needs_fresh_noise
+from mobile_runtime.sketches import SKETCH_SIZE
 
 Arrays = dict[str, np.ndarray]
 
@@ -121,9 +122,17 @@ def prompt_case(bundle: Bundle, index: int) -> PromptCase:
         trajectory=file.get(f"{index}/trajectory", (golden.steps + 1, *latents), np.float32),
         picture=picture,
         source_picture=source,
-        between={
-            name: file.get(f"{index}/{name}", dtype=np.float32)
-            for name in ("out_sample", "timestep", "sample", "latent_sample")
-            if f"{index}/out_sample" in file.tensors
-        },
+        between=_between(bundle, file, index) if f"{index}/out_sample" in file.tensors else {},
     )
+
+
+def _between(bundle: Bundle, file: GoldenFile, index: int) -> Arrays:
+    calls = len(file.get(f"{index}/out_sample"))
+    (unet,), (latents,) = bundle.component("unet").outputs, bundle.component("vae_decoder").inputs
+    forms = {
+        "out_sample": (calls, *unet.shape),
+        "timestep": (calls,),
+        "sample": (calls, SKETCH_SIZE),
+        "latent_sample": latents.shape,
+    }
+    return {name: file.get(f"{index}/{name}", shape, np.float32) for name, shape in forms.items()}

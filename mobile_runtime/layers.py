@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from mobile_runtime import taps
+from mobile_runtime import devices, taps
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.layers_alone import compare_on
@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", metavar="NAME", help="one of mobile_runtime's (default: the target's own)"
     )
     parser.add_argument(
-        "--worst", type=int, metavar="N", help="only the N that have lost most since conversion"
+        "--worst",
+        type=_positive,
+        metavar="N",
+        help="only the N that have lost most since conversion",
     )
     parser.add_argument(
         "--device",
@@ -42,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(see devices)",
     )
     parser.add_argument("--json", action="store_true", help="print them as JSON")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
             first = taps.first_that_diverges(figures)
             diverged |= first is not None
             if args.json:
-                told += [_row(figure, name, runtime) for figure in figures]
+                shown = _worst(figures, runtime, args.worst)
+                told += [_row(figure, name, runtime) for figure in shown]
             else:
                 print(_table(figures, name, runtime, args.worst))
     if args.json:
@@ -78,19 +88,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _alone(bundle: Bundle, args: argparse.Namespace) -> int:
     """Each quantized layer alone, here and on devices. Returns 0 where all reach the gate."""
+    chosen = [devices.find(name) for name in args.device]
     with tempfile.TemporaryDirectory() as folder:
-        layers = compare_on(bundle, args.device, Path(folder) / "layers")
+        layers = compare_on(bundle, chosen, Path(folder) / "layers")
     gate_db = bundle.manifest.gates.layer_snr_db or 0.0
     low = [one for one in layers if not one.snr_db >= gate_db]
     if args.json:
         print(json.dumps([asdict(one) for one in layers], indent=1))
         return int(bool(low))
-    for device in args.device:
-        mine = [one for one in layers if one.device == device]
+    for device in chosen:
+        mine = [one for one in layers if one.device == device.name]
         differing = sorted((one for one in mine if not one.equal), key=lambda one: one.snr_db)
         print(
-            f"{device}: {len(mine) - len(differing)} of {len(mine)} quantized layers are equal in "
-            "every bit to those here, on the same inputs"
+            f"{device.name}: {len(mine) - len(differing)} of {len(mine)} quantized layers are "
+            "equal in every bit to those here, on the same inputs"
         )
         if differing:
             print(f"{'dB':>8}{'values that differ':>20}  layer")
@@ -115,9 +126,7 @@ def _table(
     figures: tuple[TapFigure, ...], component: str, runtime: Runtime, worst: int | None
 ) -> str:
     """Decibels now and at conversion, a line a value."""
-    rows = list(figures)
-    if worst is not None:
-        rows = sorted(rows, key=lambda figure: _lost(figure, runtime))[-worst:][::-1]
+    rows = _worst(figures, runtime, worst)
     lines = [f"{component} in {runtime.label}: {len(figures)} values inside, dB against PyTorch"]
     lines.append(f"{'now':>8}{'at conversion':>15}  layer (operator)")
     for figure in rows:
@@ -129,6 +138,13 @@ def _table(
     first = taps.first_that_diverges(figures)
     told = taps.tell(first, runtime.arithmetic) if first else "none"
     return "\n".join([*lines, f"first that diverges: {told}", ""])
+
+
+def _worst(figures: tuple[TapFigure, ...], runtime: Runtime, worst: int | None) -> list[TapFigure]:
+    """Those that have lost most, first; None: all, in the order of execution."""
+    if worst is None:
+        return list(figures)
+    return sorted(figures, key=lambda figure: _lost(figure, runtime))[-worst:][::-1]
 
 
 def _lost(figure: TapFigure, runtime: Runtime) -> float:

@@ -9,15 +9,17 @@ in a small bundle of its own; so that every device that runs bundles runs it as 
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from mobile_runtime import backends, devices, taps
+from mobile_runtime import backends, sketches, taps
 from mobile_runtime.bundle import Bundle, BundleWriter
+from mobile_runtime.devices import Device
+from mobile_runtime.devices.folder import FolderDevice
 from mobile_runtime.errors import UserError, missing_backend
 from mobile_runtime.goldens import Arrays, golden_cases
 from mobile_runtime.manifest import ComponentName, Golden, TensorSpec
@@ -41,7 +43,7 @@ class Cut:
 class Layer:
     """What one layer gave on a device, beside the same layer's result here.
 
-    snr_db: at most taps.HIGHEST_DB. differing: the share of its values that do.
+    snr_db: at most sketches.HIGHEST_DB. differing: the share of its values that do.
     """
 
     component: str
@@ -61,12 +63,22 @@ class Part:
     fed: Arrays
 
 
-def compare_on(bundle: Bundle, names: Sequence[str], folder: Path) -> list[Layer]:
+def compare_on(
+    bundle: Bundle, chosen: Sequence[Device], folder: Path, asked: Asked | None = None
+) -> list[Layer]:
     """Each quantized layer of a bundle here and on devices, on the same inputs.
 
-    folder: for the small bundle; made, and left there. Raises UserError for a bundle without such
-    layers or of another target, and where a device gave nothing.
+    folder: for the small bundle; made, and left there. asked: whose options and timeout are taken.
+    Raises UserError for a bundle without such layers or of another target, for results that are
+    gathered by hand, and where a device gave nothing.
     """
+    for device in chosen:
+        if isinstance(device, FolderDevice):
+            raise UserError(
+                f"{device.name} cannot be asked for layers alone: they are a small bundle of their "
+                "own; name a device that runs jobs by itself"
+            )
+    asked = replace(asked or Asked(), prompts=0, repeats=0, layers=False)
     small, layers = cut_out(bundle, folder)
     (runtime,) = runtimes(small)
     here = {
@@ -74,8 +86,8 @@ def compare_on(bundle: Bundle, names: Sequence[str], folder: Path) -> list[Layer
         for component in layers
     }
     found = []
-    for name in names:
-        _, there = run_on(small, devices.find(name), Asked(prompts=0, repeats=0))
+    for device in chosen:
+        _, there = run_on(small, device, asked)
         for component, own in layers.items():
             mine, theirs = here[component], there[component]
             for run in (mine, theirs):
@@ -84,7 +96,7 @@ def compare_on(bundle: Bundle, names: Sequence[str], folder: Path) -> list[Layer
             assert isinstance(mine, ComponentRun)
             assert isinstance(theirs, ComponentRun)
             found += [
-                _compared(component, layer, name, value, theirs.outputs[0][output])
+                _compared(component, layer, device.name, value, theirs.outputs[0][output])
                 for layer, (output, value) in zip(own, mine.outputs[0].items(), strict=True)
             ]
     return found
@@ -98,7 +110,7 @@ def _compared(
         layer=layer,
         device=device,
         equal=mine.tobytes() == theirs.tobytes(),
-        snr_db=min(measure(mine, theirs).snr_db, taps.HIGHEST_DB),
+        snr_db=min(measure(mine, theirs).snr_db, sketches.HIGHEST_DB),
         differing=float(np.mean(mine != theirs)),
     )
 

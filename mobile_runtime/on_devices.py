@@ -61,21 +61,21 @@ def validate_on(
         judged.add(found)
         if asked.layers:
             tell(f"{device.name}: quantized layers alone")
-            judged.checks += _layers(bundle, device, runtime)
+            judged.checks += _layers(bundle, device, runtime, asked)
         ran += [facts] if facts else []
     left_out = len(bundle.manifest.golden.prompts) - len(_prompts(bundle, asked))
     judged.checks += told_elsewhere(bundle, runtimes, left_out)
     return report_of(bundle, judged, ran)
 
 
-def _layers(bundle: Bundle, device: Device, runtime: Runtime) -> list[Check]:
+def _layers(bundle: Bundle, device: Device, runtime: Runtime, asked: Asked) -> list[Check]:
     """Each quantized layer alone there and here; a check for each component that has any."""
     from mobile_runtime.layers_alone import compare_on
 
     gate_db = bundle.manifest.gates.layer_snr_db
     with tempfile.TemporaryDirectory() as folder:
         try:
-            layers = compare_on(bundle, [device.name], Path(folder) / "layers")
+            layers = compare_on(bundle, [device], Path(folder) / "layers", asked)
         except UserError as error:
             tell = Teller(PIPELINE, runtime.label)
             reason = f"the quantized layers alone: {error}"

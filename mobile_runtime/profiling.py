@@ -75,6 +75,11 @@ def profile(
     """
     name = backend or backends.default_backend(bundle.manifest.target)
     backends.check_options(name, options)
+    if backend is None and name not in backends.PROFILABLE:
+        raise UserError(
+            f"{name} has no profiler here; for {bundle.path}, take Instruments on a Mac, or "
+            "profile the ONNX bundle of the same recipe"
+        )
     if name not in backends.PROFILABLE:
         raise choices("backend with a profiler", name, list(backends.PROFILABLE))
     if bundle.component(component).format not in backends.FORMATS[name]:
@@ -136,6 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the traces go (default: profile-BUNDLE)",
     )
+    parser.add_argument("--force", action="store_true", help="replace traces that exist")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -155,6 +161,10 @@ def run(args: argparse.Namespace) -> int:
         names = [args.component]
     folder = args.output or Path(f"profile-{bundle.path.resolve().name}")
     check_writable(folder)
+    for name in names:
+        for taken in sorted(folder.glob(f"{name}.*")):
+            if not args.force:
+                raise UserError(f"{taken} already exists; choose another --output, or add --force")
     options = backends.parse_options(args.option)
     profiles = [
         profile(bundle, name, folder, backend=args.backend, repeats=args.repeats, **options)

@@ -47,7 +47,7 @@ class Bar:
 
 def bars(rows: Sequence[Bar], longest: float | None = None) -> str:
     """Bars with their labels. longest: the value that fills the width; None takes the largest."""
-    longest = longest or max(max(row.value, row.high or 0.0) for row in rows) or 1.0
+    longest = longest or max((max(row.value, row.high or 0.0) for row in rows), default=0) or 1.0
 
     def percent(value: float) -> str:
         return f"{max(0.0, min(100 * value / longest, 100.0)):.2f}%"

@@ -5,11 +5,6 @@ is kept in PyTorch as a sketch of 64 numbers, and the final file's own value of 
 is held against it. What lies in `golden/COMPONENT.taps.safetensors` is the sketches, and for each
 of these taps the layer's module path, the operator, the value's name in the file, and the SNR that
 it had. Here the file is run again, and the first tap that is clearly worse is the layer to look at.
-
-A sketch adds up the values, with random signs, in 64 groups (Charikar, Chen and Farach-Colton,
-"Finding frequent items in data streams", 2002). It is linear, and keeps squared lengths on average,
-so that the SNR of two sketches is that of the whole values, give or take a decibel; every element
-has a part in it, so that one NaN shows.
 """
 
 import json
@@ -31,13 +26,10 @@ from mobile_runtime.goldens import golden_cases
 from mobile_runtime.latency import environment
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.runs import NoRun, Runtime, brief
+from mobile_runtime.sketches import SKETCH_SIZE, sketch, sketch_snr_db
 
-SKETCH_SIZE = 64
-SKETCH_KEY = 0x7A95  # of Philox, whose bits give the signs
 # Attention scores at a large size would take long and tell nothing that their use does not.
 MAX_ELEMENTS = 2**24
-HIGHEST_DB = 200.0
-"""Told of values that are equal."""
 # A tap diverges where it is so far below what it had at conversion, and it is wrong, so that the
 # component fails, where it is further below. Figures above the ceiling are rounding's last bits,
 # which another processor turns otherwise; under quantized activations a turned bit is a whole step
@@ -45,9 +37,7 @@ HIGHEST_DB = 200.0
 CEILING_DB, QUANTIZED_CEILING_DB = 100.0, 45.0
 DIVERGES_DB = 10.0
 WRONG_DB, QUANTIZED_WRONG_DB = 30.0, 20.0
-SAME_MACHINE_DB = 6.0
-
-_signs = np.empty(0, np.int8)
+SAME_MACHINE_DB = 3.0
 
 
 @dataclass(frozen=True)
@@ -87,40 +77,6 @@ class TapFigure:
     wrong: bool
 
 
-def sketch(value: np.ndarray) -> np.ndarray:
-    """64 numbers (float32) that stand for a value of any shape."""
-    flat = np.asarray(value).reshape(-1)
-    rows = -(-flat.size // SKETCH_SIZE)
-    padded = np.zeros(rows * SKETCH_SIZE, np.float64)
-    padded[: flat.size] = flat
-    padded *= _first_signs(padded.size)
-    # A value that is not finite makes its group not finite, and nobody needs to hear of it here.
-    with np.errstate(invalid="ignore", over="ignore"):
-        total: np.ndarray = padded.reshape(rows, SKETCH_SIZE).sum(0).astype(np.float32)
-    return total
-
-
-def _first_signs(count: int) -> np.ndarray:
-    """+1 and -1: the first so many of an endless list; Philox's stream is the same everywhere."""
-    global _signs
-    if _signs.size < count:
-        words = np.random.Philox(key=SKETCH_KEY).random_raw(-(-count // 64))
-        bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")
-        _signs = 1 - 2 * bits.astype(np.int8)
-    return _signs[:count]
-
-
-def sketch_snr_db(reference: np.ndarray, given: np.ndarray) -> float:
-    """The SNR of two sketches in dB, at most HIGHEST_DB; NaN where one is not finite."""
-    if not (np.isfinite(reference).all() and np.isfinite(given).all()):
-        return math.nan
-    wanted, error = reference.astype(np.float64), given.astype(np.float64) - reference
-    signal, noise = float(wanted @ wanted), float(error @ error)
-    if noise == 0:
-        return HIGHEST_DB
-    return min(10 * math.log10(signal / noise), HIGHEST_DB) if signal else -HIGHEST_DB
-
-
 def path_of(component: str) -> str:
     """Where a component's taps lie in a bundle."""
     return f"golden/{component}.taps.safetensors"
@@ -154,6 +110,8 @@ def read(bundle: Bundle, component: ComponentName) -> Taps | None:
         made_on = metadata["made_on"]
     except (KeyError, OSError, SafetensorError, ValidationError) as error:
         raise BundleError(f"{path} holds no taps; make the bundle again") from error
+    if not taps:
+        raise BundleError(f"{path} holds no taps; make the bundle again")
     if sketches.shape != (len(taps), SKETCH_SIZE):
         raise BundleError(f"{path} has {len(taps)} taps and sketches of shape {sketches.shape}")
     return Taps(taps, sketches, made_on)
@@ -181,7 +139,7 @@ def measure(
     except UserError as error:
         return NoRun("not_run", str(error))
     except Exception as error:  # the runtimes' own errors share no class
-        return NoRun("fail", f"the model does not run: {brief(error)}")
+        return NoRun("fail", f"the values inside cannot be looked at: {brief(error)}")
     bounds = _bounds(bundle, component, taps.made_on == this_machine(runtime.backend))
     return tuple(
         _figure(tap, reference, seen.get(tap.value), runtime.arithmetic, bounds)

@@ -129,6 +129,7 @@ def test_values_inside_quantized_models_are_looked_at(folder, capsys):
         (["--backend", "mil"], "cannot be looked at in mil"),
         (["--device", "local", "--component", "unet"], "leave out the rest"),
         (["--device", "toaster"], "toaster"),
+        (["--device", "folder:x"], "cannot be asked for layers alone"),
     ],
 )
 def test_what_cannot_be_told_is_said_in_one_sentence(folder, capsys, argv, sentence):

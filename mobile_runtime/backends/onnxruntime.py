@@ -1,6 +1,7 @@
 """ONNX Runtime: `.onnx` and `.ort` files."""
 
 import json
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,20 +38,8 @@ def load(
     With it, static int8 activations stay int8 on x86 too, and their layers in integer kernels.
     providers: execution providers, best first. threads: of one operator; 0 takes every core.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise missing_backend("onnxruntime", "runtime", "the backend onnxruntime") from error
-    available = onnxruntime.get_available_providers()
-    for provider in providers:
-        if provider not in available:
-            raise choices("execution provider", provider, available)
-    options = _session_options(exact, threads)
     path = bundle.file(bundle.component(component).path)
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    except Exception as error:  # onnxruntime's exceptions share no public base class
-        raise BundleError(f"onnxruntime cannot load {path}: {error}") from error
+    session = _session(path, _session_options(exact, threads), providers)
     names = [output.name for output in session.get_outputs()]
 
     def run(feeds: Arrays) -> Arrays:
@@ -76,8 +65,6 @@ def watch(
     whose value is taken out is not fused with the next one, so a last bit may differ from a run
     without.
     """
-    import onnxruntime
-
     model = path.read_bytes()
     for names in _portions(wanted):
         options = _session_options(exact, threads)
@@ -85,9 +72,7 @@ def watch(
         folder = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(folder, str(path.parent))
         inside = [name for name in names if name not in outputs]
-        session = onnxruntime.InferenceSession(
-            model + _more_outputs(inside), options, providers=list(providers)
-        )
+        session = _session(path, options, providers, model + _more_outputs(inside))
         for name, value in zip(names, session.run(names, feeds), strict=True):
             observe(name, value)
 
@@ -105,16 +90,15 @@ def profile(
     threads: int = 0,
 ) -> Profiled:
     """Time calls by ONNX Runtime's own profiler and from outside; see profiling.py."""
-    import onnxruntime
-
+    path = bundle.file(bundle.component(component).path)
     options = _session_options(exact, threads)
     options.enable_profiling = True
-    options.profile_file_prefix = str(folder / component)
-    path = bundle.file(bundle.component(component).path)
-    session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    times = repeated(lambda: session.run(None, feeds), warm_up, repeats)
-    # The profiler puts the time of day into the name.
-    trace = Path(session.end_profiling()).replace(folder / f"{component}.trace.json")
+    # It writes while it runs, under a name of its own; what is whole is moved to its place.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".profile-") as unfinished:
+        options.profile_file_prefix = str(Path(unfinished) / "trace")
+        session = _session(path, options, providers)
+        times = repeated(lambda: session.run(None, feeds), warm_up, repeats)
+        trace = Path(session.end_profiling()).replace(folder / f"{component}.trace.json")
     events = json.loads(trace.read_text(encoding="utf-8"))
     calls = [event["dur"] / 1000 for event in events if event["name"] == "model_run"]
     kinds: dict[str, str] = {}
@@ -128,9 +112,26 @@ def profile(
     return calls[-len(times) :], times, operators, trace
 
 
-def _session_options(exact: bool, threads: int) -> Any:
+def _session(path: Path, options: Any, providers: Sequence[str], model: bytes | None = None) -> Any:
+    """A session of a file, or of its changed content. UserError for a provider that is not there,
+    BundleError for a model that cannot be loaded."""
     import onnxruntime
 
+    available = onnxruntime.get_available_providers()
+    for provider in providers or [""]:
+        if provider not in available:
+            raise choices("execution provider", provider, available)
+    try:
+        return onnxruntime.InferenceSession(model or str(path), options, providers=list(providers))
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise BundleError(f"onnxruntime cannot load {path}: {error}") from error
+
+
+def _session_options(exact: bool, threads: int) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing_backend("onnxruntime", "runtime", "the backend onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Errors are raised; warnings about a graph's names are of no use to the caller.

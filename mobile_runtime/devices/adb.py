@@ -6,6 +6,7 @@ own `results/ID`. A bundle stays for the next time. Each task's result is fetche
 there, so that a phone that is unplugged takes nothing along.
 """
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -26,8 +27,9 @@ from mobile_runtime.runs import NoRun
 APP = "org.pocketdiffusion.sample"
 ACTIVITY = ".JobActivity"
 ROOT = "files/pocket_diffusion"
-POLL_S = 1.0
-CALL_TIMEOUT_S = 600.0
+POLL_S = 2.0  # a look takes the phone some milliseconds, which the times should not have
+CALL_TIMEOUT_S = 120.0
+SEND_TIMEOUT_S = 3600.0
 STATES = {
     "authorizing": "allow USB debugging on its screen",
     "unauthorized": "allow USB debugging on its screen",
@@ -58,7 +60,7 @@ class AdbDevice:
     @property
     def name(self) -> str:
         """As users name it."""
-        return f"adb:{self.serial}"
+        return f"adb:{self.serial}" + (f",app={self.app}" if self.app != APP else "")
 
     def obstacle(self) -> str | None:
         """Whether it answers, and has the app."""
@@ -69,7 +71,7 @@ class AdbDevice:
             return _state(self.serial, state)
         try:
             done = self._as_app("true")
-        except (LostError, subprocess.TimeoutExpired) as error:
+        except LostError as error:
             return str(error)
         if done.returncode:
             return (
@@ -88,11 +90,13 @@ class AdbDevice:
             self._send(files_of(work.bundle.path), f"{ROOT}/bundles/{job.manifest_sha256}")
             self._send(files_of(work.job), f"{ROOT}/jobs/{job.id}")
             self._fetch(result)
-        except (LostError, OSError, subprocess.TimeoutExpired) as error:
+        except (LostError, OSError) as error:
             return dict.fromkeys(result.missing(), NoRun("not_run", f"{self.name}: {error}"))
         troubles = attempts(work, self.name, self._attempt)
         if not result.missing():
-            self._as_app(f"rm -rf {ROOT}/jobs/{job.id} {ROOT}/results/{job.id}")
+            # All is here; a phone that was just unplugged keeps its copy.
+            with contextlib.suppress(LostError, OSError):
+                self._as_app(f"rm -rf {ROOT}/jobs/{job.id} {ROOT}/results/{job.id}")
         return troubles
 
     def _attempt(self, work: Work, result: Result, tasks: Sequence[str]) -> Fault | None:
@@ -102,7 +106,8 @@ class AdbDevice:
         heard, done = time.monotonic(), -1
         try:
             started = self._shell(start)
-            if started.returncode or b"Error" in started.stdout + started.stderr:
+            said_so = (started.stdout + started.stderr).splitlines()
+            if started.returncode or any(line.startswith(b"Error") for line in said_so):
                 why = said(started.stdout + started.stderr)
                 told = f"{self.name}: {ACTIVITY} of {self.app} does not start: {why}"
                 return Fault(NoRun("not_run", told), for_all=True)
@@ -124,7 +129,7 @@ class AdbDevice:
                     why = f"{self.name} gave no result for {work.timeout_s:g} s and was stopped"
                     return Fault(NoRun("fail", why))
                 time.sleep(POLL_S)
-        except (LostError, OSError, subprocess.TimeoutExpired) as error:
+        except (LostError, OSError) as error:
             return Fault(NoRun("not_run", f"{self.name}: {error}"), for_all=True)
 
     def _as_app(
@@ -137,13 +142,17 @@ class AdbDevice:
         self, command: str, data: IO[bytes] | None = None
     ) -> "subprocess.CompletedProcess[bytes]":
         """Run a command there. LostError where the phone is gone."""
-        done = subprocess.run(
-            ["adb", "-s", self.serial, "shell", "-T", command],
-            stdin=data or subprocess.DEVNULL,
-            capture_output=True,
-            timeout=CALL_TIMEOUT_S,
-            check=False,
-        )
+        limit_s = SEND_TIMEOUT_S if data else CALL_TIMEOUT_S
+        try:
+            done = subprocess.run(
+                ["adb", "-s", self.serial, "shell", "-T", command],
+                stdin=data or subprocess.DEVNULL,
+                capture_output=True,
+                timeout=limit_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LostError(f"{self.serial} did not answer for {limit_s:g} s") from error
         # adb ends with 1 where it fails itself, as the command may have done; a phone that was just
         # unplugged can still be in its list.
         if done.returncode and done.stderr.startswith((b"error: ", b"adb: ")):
@@ -152,7 +161,7 @@ class AdbDevice:
             raise LostError(_state(self.serial, state))
         return done
 
-    def _send(self, files: Iterable[tuple[str, bytes]], to: str) -> None:
+    def _send(self, files: Iterable[tuple[str, bytes | Path]], to: str) -> None:
         """Files as a folder there, whole or not at all, unless it is there already."""
         if self._as_app(f"test -d {to}").returncode == 0:
             return
@@ -169,7 +178,7 @@ class AdbDevice:
     def _fetch(self, result: Result) -> None:
         """What is there of the missing tasks' results, each file whole."""
         missing = [f"{name}.{end}" for name in result.missing() for end in ("safetensors", "json")]
-        names = {DEVICE, *missing}
+        names = {*missing} if (result.folder / DEVICE).is_file() else {DEVICE, *missing}
         there = f"{ROOT}/results/{result.job.id}"
         listed = self._as_app(f"ls {there} 2>/dev/null").stdout.decode(errors="replace").split()
         # A record says that its tensors are whole, so tensors without one are left for later.

@@ -9,6 +9,7 @@ there, so that a phone that is unplugged takes nothing along.
 Written after devicectl's documentation and tested against a stand-in: never on a Mac yet.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -28,7 +29,8 @@ from mobile_runtime.runs import NoRun
 APP = "org.pocketdiffusion.sample"
 ROOT = "Documents/pocket_diffusion"
 POLL_S = 2.0
-CALL_TIMEOUT_S = 600.0
+CALL_TIMEOUT_S = 3600.0  # a bundle of gigabytes over a slow cable
+STOP_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,16 @@ class IosDevice:
     @property
     def name(self) -> str:
         """As users name it."""
-        return f"ios:{self.udid}"
+        return f"ios:{self.udid}" + (f",app={self.app}" if self.app != APP else "")
 
     def obstacle(self) -> str | None:
         """Whether there is devicectl, and the phone answers it."""
         if shutil.which("xcrun") is None:
             return "iPhones are reached from a Mac with Xcode 15 or later; there is no xcrun here"
-        done = self._devicectl("device", "info", "details")
+        try:
+            done = self._devicectl("device", "info", "details")
+        except LostError as error:
+            return str(error)
         if done.returncode:
             return (
                 f"{self.udid} does not answer ({said(done.stderr)}); plug it in, unlock it, and "
@@ -76,7 +81,7 @@ class IosDevice:
             self._send(work.job, f"{ROOT}/jobs/{job.id}")
             for task in result.missing():
                 self._fetch(result, task)
-        except (LostError, OSError, subprocess.TimeoutExpired) as error:
+        except (LostError, OSError) as error:
             return dict.fromkeys(result.missing(), NoRun("not_run", f"{self.name}: {error}"))
         return attempts(work, self.name, self._attempt)
 
@@ -90,12 +95,22 @@ class IosDevice:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
             try:
-                return self._wait(app, work, result, tasks)
-            except (LostError, OSError, subprocess.TimeoutExpired) as error:
+                fault = self._wait(app, work, result, tasks)
+            except (LostError, OSError) as error:
                 return Fault(NoRun("not_run", f"{self.name}: {error}"), for_all=True)
             finally:
                 app.terminate()
-                app.wait()
+                try:
+                    app.wait(STOP_S)
+                except subprocess.TimeoutExpired:
+                    app.kill()
+                    app.wait()
+            log.seek(0)
+            told = log.read()
+        if fault and b"ERROR" in told:  # devicectl's own: locked, unplugged, no such app
+            why = NoRun("not_run", f"{self.name}: the app does not run: {said(told)}")
+            return Fault(why, for_all=True)
+        return fault
 
     def _wait(
         self, app: "subprocess.Popen[bytes]", work: Work, result: Result, tasks: Sequence[str]
@@ -124,8 +139,12 @@ class IosDevice:
             folder = Path(name)
             if not self._copy_back(f"{there}/{task}.json", folder / f"{task}.json"):
                 return False
-            for other in (f"{task}.safetensors", DEVICE):
-                self._copy_back(f"{there}/{other}", folder / other)
+            self._copy_back(f"{there}/{DEVICE}", folder / DEVICE)
+            tensors = f"{task}.safetensors"
+            if not self._copy_back(f"{there}/{tensors}", folder / tensors) and _has_tensors(
+                folder / f"{task}.json"
+            ):
+                raise LostError(f"the tensors of {task} could not be fetched")
             keep({path.name: path.read_bytes() for path in folder.iterdir()}, result.folder)
         return True
 
@@ -162,13 +181,24 @@ class IosDevice:
 
     def _devicectl(self, *words: str) -> "subprocess.CompletedProcess[bytes]":
         verb, rest = words[:3], words[3:]
-        return subprocess.run(
-            [*self._command(*verb), *rest],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=CALL_TIMEOUT_S,
-            check=False,
-        )
+        try:
+            return subprocess.run(
+                [*self._command(*verb), *rest],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=CALL_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LostError(f"{self.udid} did not answer for {CALL_TIMEOUT_S:g} s") from error
+
+
+def _has_tensors(record: Path) -> bool:
+    """Whether a record tells of tensors; a damaged one tells of none, and is refused later."""
+    try:
+        return json.loads(record.read_bytes()).get("tensors_sha256") is not None
+    except (ValueError, AttributeError):
+        return False
 
 
 def _is_id(text: str) -> bool:

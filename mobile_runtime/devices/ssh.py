@@ -42,6 +42,7 @@ ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 NEEDED = ("numpy", "pydantic", "safetensors", "tqdm", "regex")
 ROOT = ".cache/pocket_diffusion"
 CONNECTION_LOST = 255
+PYTHON = "python3"
 POLL_S = 0.2
 
 
@@ -50,14 +51,14 @@ class SshDevice:
     """host: as ssh takes it. python: the command there."""
 
     host: str
-    python: str = "python3"
+    python: str = PYTHON
 
     @classmethod
     def named(cls, text: str) -> "SshDevice":
         """HOST or HOST,python=PATH."""
         host, *more = text.split(",")
         options = dict(part.partition("=")[::2] for part in more)
-        python = options.pop("python", "python3")
+        python = options.pop("python", PYTHON)
         if not host or host.startswith("-") or options or not python:
             raise UserError(f"ssh:{text} names no computer; write ssh:HOST or ssh:HOST,python=PATH")
         return cls(host, python)
@@ -65,7 +66,7 @@ class SshDevice:
     @property
     def name(self) -> str:
         """As users name it."""
-        return f"ssh:{self.host}"
+        return f"ssh:{self.host}" + (f",python={self.python}" if self.python != PYTHON else "")
 
     def obstacle(self) -> str | None:
         """Whether it answers, and has what a job needs."""
@@ -167,7 +168,7 @@ class SshDevice:
             check=False,
         )
 
-    def _send(self, files: Iterable[tuple[str, bytes]], to: str) -> None:
+    def _send(self, files: Iterable[tuple[str, bytes | Path]], to: str) -> None:
         """Files as a folder there, whole or not at all, unless it is there already."""
         if self._call(f"test -d {to}").returncode == 0:
             return

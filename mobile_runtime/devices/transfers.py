@@ -1,5 +1,6 @@
 """What devices that are reached by a command have in common: folders as tar streams, both ways."""
 
+import contextlib
 import io
 import tarfile
 import tempfile
@@ -20,22 +21,29 @@ def said(output: bytes) -> str:
     return " ".join(output.decode(errors="replace").split())[-SHOWN_LETTERS:] or "it says nothing"
 
 
-def files_of(folder: Path) -> Iterator[tuple[str, bytes]]:
+def files_of(folder: Path) -> Iterator[tuple[str, Path]]:
     """Each file of a folder, by its relative name."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            yield path.relative_to(folder).as_posix(), path.read_bytes()
+            yield path.relative_to(folder).as_posix(), path
 
 
 @contextmanager
-def packed(files: Iterable[tuple[str, bytes]]) -> Iterator[IO[bytes]]:
-    """Files as a tar archive, to be read from its beginning."""
+def packed(files: Iterable[tuple[str, bytes | Path]]) -> Iterator[IO[bytes]]:
+    """Files, or their contents, as a tar archive, to be read from its beginning."""
     with tempfile.TemporaryFile() as spool:
         with tarfile.open(fileobj=spool, mode="w") as archive:
             for name, content in files:
                 entry = tarfile.TarInfo(name)
-                entry.size, entry.mode = len(content), 0o644
-                archive.addfile(entry, io.BytesIO(content))
+                entry.mode = 0o644
+                with contextlib.ExitStack() as stack:
+                    stream: IO[bytes]
+                    if isinstance(content, Path):
+                        entry.size = content.stat().st_size
+                        stream = stack.enter_context(content.open("rb"))
+                    else:
+                        entry.size, stream = len(content), io.BytesIO(content)
+                    archive.addfile(entry, stream)
         spool.seek(0)
         yield spool
 

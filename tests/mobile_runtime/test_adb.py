@@ -155,6 +155,19 @@ def test_a_phone_that_vanishes_keeps_what_was_measured_and_the_next_run_goes_on(
     assert "text_encoder" not in asked[-1]
 
 
+def test_a_phone_unplugged_while_it_is_tidied_up_has_given_all(bundle, phone, monkeypatch):
+    one = phone()
+    as_app = adb.AdbDevice._as_app
+
+    def unplugged(self, command, data=None):
+        if command.startswith("rm -rf files/pocket_diffusion/jobs") and "results" in command:
+            one.unplug()
+        return as_app(self, command, data)
+
+    monkeypatch.setattr(adb.AdbDevice, "_as_app", unplugged)
+    assert checked(bundle, one).verdict == "pass"
+
+
 def test_a_phone_without_room_is_told(bundle, phone):
     one = phone()
     one.script("tar", 'cat >/dev/null; echo "tar: write: No space left on device" >&2; exit 1')

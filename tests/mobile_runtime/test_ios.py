@@ -39,6 +39,8 @@ if words[:2] == ["device", "copy"]:
     (shutil.copytree if source.is_dir() else shutil.copyfile)(source, to)
     sys.exit(0)
 assert words[:3] == ["device", "process", "launch"] and "--console" in words
+if (phone / "locked").exists():
+    sys.exit("ERROR: the device was not, or could not be, unlocked")
 root, job = phone / "Documents/pocket_diffusion", value("--job")
 bundle = json.loads((root / "jobs" / job / "job.json").read_text())["manifest_sha256"]
 tasks = value("--only").split(",")
@@ -121,6 +123,16 @@ def test_a_phone_that_is_gone_or_full_is_told(bundle, phone):
     assert report.verdict == "not_run"
     assert "was not found" in report.summary
     assert "unlock it" in report.summary
+
+
+def test_an_app_that_cannot_be_started_is_no_failure_of_the_bundle(bundle, phone):
+    (phone / "locked").touch()
+    report = checked(bundle)
+    assert set(statuses(report).values()) == {"not_run"}
+    assert "could not be, unlocked" in report.summary
+    assert not [check for check in report.checks if check.kind == "sampler"]
+    launches = [call for call in (phone / "calls").read_text().splitlines() if "launch" in call]
+    assert len(launches) == 1
 
 
 def test_without_xcode_that_is_told(bundle, monkeypatch, tmp_path):

@@ -130,6 +130,23 @@ def test_a_comparison_tells_each_report(report, pages, tmp_path, capsys):
     assert "already exists" in capsys.readouterr().err
 
 
+def test_a_failed_baseline_is_the_comparisons_verdict_too(tmp_path, capsys):
+    bundle = make_bundle(tmp_path / "bundle")
+    report = validate(bundle, repeats=0, prompts=1, progress=False)
+    assert report.verdict == "pass"
+    worse = Check(
+        kind="baseline", component="unet", runtime="baseline", status="fail", gated=True, reason="x"
+    )
+    write_report(with_checks(report, [worse]), tmp_path / "worse")
+    argv = ["compare", str(tmp_path / "worse"), "--json", "-o", str(tmp_path / "page.html")]
+    assert run_cli(main, argv) == 0
+    assert [row["verdict"] for row in json.loads(capsys.readouterr().out)] == ["fail"]
+    write_report(report.model_copy(update={"checks": ()}), tmp_path / "empty")
+    argv = ["compare", str(tmp_path / "empty"), "-o", str(tmp_path / "other.html")]
+    assert run_cli(main, argv) == 2
+    assert "no model that was run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

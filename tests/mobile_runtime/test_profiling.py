@@ -43,7 +43,10 @@ def test_the_table_tells_shares_and_both_clocks(bundle, tmp_path, capsys):
         assert (tmp_path / "traces" / f"{entry.name}.trace.json").is_file()
     assert "between operators" in told
     assert "of the runtime's" in told
-    assert run_cli(main, [*argv, "--component", "unet", "--json"]) == 0
+    assert run_cli(main, [*argv, "--component", "unet"]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert run_cli(main, [*argv, "--component", "unet", "--json", "--force"]) == 0
+    assert not list((tmp_path / "traces").glob(".*"))
     (row,) = json.loads(capsys.readouterr().out)
     assert row["component"] == "unet"
 
@@ -56,6 +59,8 @@ def test_the_table_tells_shares_and_both_clocks(bundle, tmp_path, capsys):
         (["--backend", "executorch"], "does not read"),
         (["--option", "fast=1"], "unknown option"),
         (["--repeats", "0"], "above zero"),
+        (["--option", 'providers=["X"]'], "unknown execution provider"),
+        (["--option", "providers=[]"], "unknown execution provider"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(bundle, tmp_path, capsys, argv, sentence):
@@ -65,6 +70,18 @@ def test_a_wrong_request_is_one_sentence(bundle, tmp_path, capsys, argv, sentenc
         code = int(str(stop.code))
     assert code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path, capsys):
+    from tests.damages import rehash
+
+    bundle = make_bundle(tmp_path / "bundle")
+    (bundle.path / "unet/model.onnx").write_bytes(b"no model at all")
+    rehash(bundle.path)
+    argv = ["profile", str(bundle.path), "--component", "unet", "-o", str(tmp_path / "traces")]
+    assert run_cli(main, argv) == 2
+    assert "cannot load" in capsys.readouterr().err
+    assert list((tmp_path / "traces").iterdir()) == []
 
 
 class Untraced:

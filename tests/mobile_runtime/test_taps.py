@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobile_runtime import taps
+from mobile_runtime import sketches, taps
 from mobile_runtime.backends.onnxruntime import _more_outputs
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError
-from mobile_runtime.taps import SKETCH_SIZE, Tap, Taps, sketch, sketch_snr_db
+from mobile_runtime.sketches import SKETCH_SIZE, sketch, sketch_snr_db
+from mobile_runtime.taps import Tap, Taps
 from tests.bundles import make_bundle
 
 FIRST_SIGNS = [1, -1, 1, 1, -1, -1, 1, 1, 1, 1, 1, -1]
@@ -52,7 +53,7 @@ def test_one_value_that_is_not_finite_shows(shape, seed, bad):
     damaged = value.copy()
     damaged.flat[rng.integers(value.size)] = bad
     assert math.isnan(sketch_snr_db(sketch(value), sketch(damaged)))
-    assert sketch_snr_db(sketch(value), sketch(value)) == taps.HIGHEST_DB
+    assert sketch_snr_db(sketch(value), sketch(value)) == sketches.HIGHEST_DB
 
 
 def test_a_sketch_is_linear_and_the_same_everywhere():
@@ -105,6 +106,9 @@ def test_taps_are_read_as_they_were_written_and_damaged_ones_are_told(tmp_path):
     assert read is not None
     assert (read.taps, read.made_on) == (told.taps, told.made_on)
     np.testing.assert_array_equal(read.sketches, told.sketches)
+    taps.write(Taps((), np.ones((0, SKETCH_SIZE), np.float32), ""), path)
+    with pytest.raises(BundleError, match="holds no taps"):
+        taps.read(bundle, "unet")
     taps.write(Taps(told.taps, np.ones((2, SKETCH_SIZE), np.float32), ""), path)
     with pytest.raises(BundleError, match="1 taps and sketches"):
         taps.read(bundle, "unet")
