@@ -66,7 +66,7 @@ class SshDevice:
     @property
     def name(self) -> str:
         """As users name it."""
-        return f"ssh:{self.host}" + (f",python={self.python}" if self.python != PYTHON else "")
+        return f"ssh:{self.host}"
 
     def obstacle(self) -> str | None:
         """Whether it answers, and has what a job needs."""
