@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from mobile_runtime.cache import cache_root
 from mobile_runtime.devices.processes import ProcessDevice
@@ -155,7 +156,12 @@ def _unpack(package: bytes, to: Path, only: str | None = None) -> None:
             to.mkdir(parents=True, exist_ok=True)
             with tarfile.open(fileobj=io.BytesIO(content)) as archive:
                 entries = [e for e in archive if only is None or e.name.endswith(f"/{only}")]
-                archive.extractall(to, entries, filter="tar")
+                for entry in entries:
+                    if entry.name.startswith("/") or ".." in Path(entry.name).parts:
+                        raise UserError(f"a Debian package holds {entry.name}; it is damaged")
+                # Python before 3.11.4 has no filters.
+                safely: dict[str, Any] = {"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}
+                archive.extractall(to, entries, **safely)
             return
     raise UserError("a Debian package holds no data.tar; the download is damaged")
 
