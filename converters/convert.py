@@ -295,18 +295,17 @@ def _lower(
     progress(f"export {component.name}")
     rewritten = replace(component, module=rewrites.apply(component.module, target.REWRITES))
     program = components.export(rewritten)
-    progress(f"run {component.name} operator by operator")
-    seen = taps.computed(program, [inputs[0][spec.name] for spec in component.inputs])
     progress(f"lower {component.name}")
     with writer.scratch():
         lowered = target.lower(rewritten, program, writer.path, options, progress.detail)
-    del program, rewritten
     details = dict(lowered.details)
     if lowered.watch:
         progress(f"look inside {component.name}")
+        seen = taps.computed(program, [inputs[0][spec.name] for spec in component.inputs])
         found = taps.record(component, seen, inputs[0], lowered.path, lowered.watch)
         tapping.write(found, writer.path / tapping.path_of(component.name))
         details["taps"] = {"found": len(found.taps), "operators": len(seen)}
+    del program, rewritten
     if any(plan.activations != "none" for plan in mine):
         progress(f"check {component.name} layer by layer")
         details["layer_snr_db"] = target.layer_check(component, inputs[0], options, progress.detail)

@@ -5,7 +5,6 @@ that a whole component's error says little about the conversion; a layer's does.
 """
 
 import copy
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 
 from converters.components import Component
 from mobile_runtime.manifest import TensorSpec
-
-HIGHEST_DB = 200.0
-"""Told of a layer that is equal."""
+from mobile_runtime.sketches import HIGHEST_DB
+from recipes.losses import snr_db
 
 RunAlone = Callable[[Component, list[Tensor]], list[Tensor]]
 
@@ -110,10 +108,3 @@ def _beside(layers: Layers, inputs: list[Tensor], outputs: list[Tensor]) -> Comp
         )
 
     return Component("unet", layers.eval(), specs("x", inputs), specs("y", outputs))
-
-
-def snr_db(expected: Tensor, out: Tensor) -> float:
-    """Signal to noise of an output in dB; infinite where it is equal, NaN where it is no number."""
-    signal = expected.double().square().sum()
-    noise = (out.double() - expected.double()).square().sum()
-    return math.inf if noise == 0 else float(10 * torch.log10(signal / noise))

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mobile_runtime import devices, taps
+from mobile_runtime.arguments import positive
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.layers_alone import compare_on
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--worst",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="only the N that have lost most since conversion",
     )
@@ -45,12 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(see devices)",
     )
     parser.add_argument("--json", action="store_true", help="print them as JSON")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

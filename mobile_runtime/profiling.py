@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_runtime import backends, taps
+from mobile_runtime.arguments import positive
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.goldens import golden_cases
@@ -122,14 +123,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--repeats",
-        type=_positive,
+        type=positive,
         default=REPEATS,
         metavar="N",
         help=f"timed calls (default: {REPEATS})",
     )
     parser.add_argument(
         "--slowest",
-        type=_positive,
+        type=positive,
         default=SLOWEST,
         metavar="N",
         help=f"operators to show (default: {SLOWEST})",
@@ -143,12 +144,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace traces that exist")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from mobile_runtime import backends, baseline, gates, report_markdown
+from mobile_runtime.arguments import count, positive
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.checks import check_inside
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S
@@ -248,7 +249,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=_positive,
+        type=positive,
         default=DEFAULT_TIMEOUT_S,
         metavar="S",
         help="with --device: give it up after so many seconds without a result "
@@ -260,7 +261,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --device: each layer with quantized activations alone there and here, too",
     )
     parser.add_argument(
-        "--prompts", type=_positive, metavar="N", help="only the first N golden prompts"
+        "--prompts", type=positive, metavar="N", help="only the first N golden prompts"
     )
     parser.add_argument(
         "--output",
@@ -270,7 +271,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--repeats",
-        type=_count,
+        type=count,
         default=DEFAULT_REPEATS,
         metavar="N",
         help=f"timed calls of each component, 0 for none (default: {DEFAULT_REPEATS})",
@@ -311,18 +312,6 @@ def _on_devices(bundle: Bundle, args: argparse.Namespace) -> Report:
     # disable=None: nothing where the output is not a terminal.
     with tqdm(disable=None, bar_format="{desc} {elapsed}", delay=PROGRESS_AFTER_S) as line:
         return validate_on(bundle, args.device, asked, line.set_description)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if _count(text) == 0:
-        raise argparse.ArgumentTypeError("take at least one")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

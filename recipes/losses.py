@@ -201,6 +201,8 @@ def snr_db(reference: Tensor, other: Tensor) -> float:
     """Signal to noise of a tensor against its reference, in dB."""
     noise = float((other.double() - reference.double()).square().sum())
     signal = float(reference.double().square().sum())
+    if not signal:
+        return -math.inf if noise else math.inf
     return 10 * math.log10(signal / noise) if noise else math.inf
 
 

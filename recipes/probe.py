@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recipes import losses
+
 LATENTS = 16
 SEED = 0
 EQUAL = "equal"
@@ -48,10 +50,9 @@ def compare(before: Seen, after: Seen) -> dict[str, float | str]:
         given = after[name]
         if given.shape != reference.shape:
             continue
-        signal = reference.double().square().sum()
-        noise = (given.double() - reference.double()).square().sum()
-        if noise == 0:
+        snr_db = losses.snr_db(reference, given)
+        if snr_db == math.inf:
             told[name] = EQUAL
-        elif math.isfinite(snr_db := float(10 * torch.log10(signal / noise))):
+        elif math.isfinite(snr_db):
             told[name] = round(snr_db, 1)
     return told

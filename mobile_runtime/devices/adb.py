@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from mobile_runtime.devices import Troubles, Work
-from mobile_runtime.devices.attempts import Fault, attempts
+from mobile_runtime.devices.attempts import Fault, prepared_attempts
 from mobile_runtime.devices.transfers import LostError, files_of, keep, packed, said, unpacked
 from mobile_runtime.errors import UserError
 from mobile_runtime.jobs import DEVICE, Result, open_job
@@ -82,18 +82,15 @@ class AdbDevice:
 
     def run(self, work: Work) -> Troubles:
         """Send what is not there yet, start the app, and fetch each task's result."""
-        work.result.mkdir(parents=True, exist_ok=True)
         job, _ = open_job(work.job)
-        result = Result(work.result, job)
-        try:
-            work.tell(f"{self.name}: send the bundle")
+
+        def prepare(result: Result) -> None:
             self._send(files_of(work.bundle.path), f"{ROOT}/bundles/{job.manifest_sha256}")
             self._send(files_of(work.job), f"{ROOT}/jobs/{job.id}")
             self._fetch(result)
-        except (LostError, OSError) as error:
-            return dict.fromkeys(result.missing(), NoRun("not_run", f"{self.name}: {error}"))
-        troubles = attempts(work, self.name, self._attempt)
-        if not result.missing():
+
+        troubles = prepared_attempts(work, self.name, prepare, self._attempt)
+        if not Result(work.result, job).missing():
             # All is here; a phone that was just unplugged keeps its copy.
             with contextlib.suppress(LostError, OSError):
                 self._as_app(f"rm -rf {ROOT}/jobs/{job.id} {ROOT}/results/{job.id}")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mobile_runtime.devices import Troubles, Work
+from mobile_runtime.devices.transfers import LostError
 from mobile_runtime.jobs import Result, open_job
 from mobile_runtime.runs import NoRun
 
@@ -34,6 +35,24 @@ def attempts(work: Work, name: str, attempt: Attempt) -> Troubles:
         stopped = after if fault and fault.for_all else after[:1]
         troubles |= dict.fromkeys(stopped, told)
     return troubles
+
+
+def prepared_attempts(
+    work: Work, name: str, prepare: Callable[[Result], None], attempt: Attempt
+) -> Troubles:
+    """Bring a device what it needs, by `prepare`, and attempt what is missing then.
+
+    prepare: sends what is not there yet, and fetches what an earlier run has left.
+    """
+    work.result.mkdir(parents=True, exist_ok=True)
+    job, _ = open_job(work.job)
+    result = Result(work.result, job)
+    work.tell(f"{name}: send the bundle")
+    try:
+        prepare(result)
+    except (LostError, OSError) as error:
+        return dict.fromkeys(result.missing(), NoRun("not_run", f"{name}: {error}"))
+    return attempts(work, name, attempt)
 
 
 def _left(result: Result, troubles: Troubles) -> list[str]:

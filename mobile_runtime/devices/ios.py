@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobile_runtime.devices import Troubles, Work
-from mobile_runtime.devices.attempts import Fault, attempts
+from mobile_runtime.devices.attempts import Fault, prepared_attempts
 from mobile_runtime.devices.transfers import LostError, keep, said
 from mobile_runtime.errors import UserError
-from mobile_runtime.jobs import DEVICE, Result, open_job
+from mobile_runtime.jobs import DEVICE, Result
 from mobile_runtime.runs import NoRun
 
 APP = "org.pocketdiffusion.sample"
@@ -72,18 +72,14 @@ class IosDevice:
 
     def run(self, work: Work) -> Troubles:
         """Send what is not there yet, start the app, and fetch each task's result."""
-        work.result.mkdir(parents=True, exist_ok=True)
-        job, _ = open_job(work.job)
-        result = Result(work.result, job)
-        try:
-            work.tell(f"{self.name}: send the bundle")
-            self._send(work.bundle.path, f"{ROOT}/bundles/{job.manifest_sha256}")
-            self._send(work.job, f"{ROOT}/jobs/{job.id}")
+
+        def prepare(result: Result) -> None:
+            self._send(work.bundle.path, f"{ROOT}/bundles/{result.job.manifest_sha256}")
+            self._send(work.job, f"{ROOT}/jobs/{result.job.id}")
             for task in result.missing():
                 self._fetch(result, task)
-        except (LostError, OSError) as error:
-            return dict.fromkeys(result.missing(), NoRun("not_run", f"{self.name}: {error}"))
-        return attempts(work, self.name, self._attempt)
+
+        return prepared_attempts(work, self.name, prepare, self._attempt)
 
     def _attempt(self, work: Work, result: Result, tasks: Sequence[str]) -> Fault | None:
         """Start the app, and wait until it has done these tasks, or is gone."""

@@ -6,6 +6,7 @@ for; the project's own code goes there with the job. What is sent lies below
 is fetched as soon as it is done, so that a computer that vanishes takes nothing along.
 """
 
+import contextlib
 import hashlib
 import os
 import queue
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from mobile_runtime.devices import Troubles, Work
-from mobile_runtime.devices.attempts import Fault, attempts
+from mobile_runtime.devices.attempts import Fault, prepared_attempts
 from mobile_runtime.devices.transfers import (
     SHOWN_LETTERS,
     LostError,
@@ -75,8 +76,8 @@ class SshDevice:
         imports = f"import sys; assert sys.version_info >= (3, 11); import {', '.join(NEEDED)}"
         try:
             done = self._call(f"{shlex.quote(self.python)} -c {shlex.quote(imports)}", timeout_s=60)
-        except subprocess.TimeoutExpired:
-            return f"{self.host} does not answer"
+        except LostError as error:
+            return str(error)
         if done.returncode == CONNECTION_LOST:
             return f"{self.host} cannot be reached: {said(done.stderr)}"
         if done.returncode:
@@ -89,20 +90,19 @@ class SshDevice:
 
     def run(self, work: Work) -> Troubles:
         """Send what is not there yet, run it there, and fetch each task's result."""
-        work.result.mkdir(parents=True, exist_ok=True)
         job, _ = open_job(work.job)
-        try:
-            work.tell(f"{self.name}: send the bundle")
+
+        def prepare(result: Result) -> None:
             self._send(_code(), self._code_there)
             self._send(files_of(work.bundle.path), f"{ROOT}/bundles/{job.manifest_sha256}")
             self._send(files_of(work.job), f"{ROOT}/jobs/{job.id}")
-            self._fetch(Result(work.result, job), [task.name for task in job.tasks])
-        except (LostError, OSError, subprocess.TimeoutExpired) as error:
-            why = NoRun("not_run", f"{self.name}: {error}")
-            return dict.fromkeys(Result(work.result, job).missing(), why)
-        troubles = attempts(work, self.name, self._attempt)
+            self._fetch(result, [task.name for task in job.tasks])
+
+        troubles = prepared_attempts(work, self.name, prepare, self._attempt)
         if not Result(work.result, job).missing():
-            self._call(f"rm -rf {ROOT}/jobs/{job.id} {ROOT}/results/{job.id}")
+            # All is here; a computer that has just gone keeps its copy.
+            with contextlib.suppress(LostError):
+                self._call(f"rm -rf {ROOT}/jobs/{job.id} {ROOT}/results/{job.id}")
         return troubles
 
     @cached_property
@@ -141,7 +141,7 @@ class SshDevice:
             code = process.wait()
             if code not in (0, 1, CONNECTION_LOST):  # 1: a task failed, which its record tells
                 self._fetch(result, tasks)
-        except (LostError, OSError, subprocess.TimeoutExpired) as error:
+        except (LostError, OSError) as error:
             return Fault(NoRun("not_run", f"{self.name}: {error}"), for_all=True)
         finally:
             process.kill()
@@ -160,13 +160,16 @@ class SshDevice:
     def _call(
         self, command: str, data: IO[bytes] | None = None, timeout_s: float = 600
     ) -> "subprocess.CompletedProcess[bytes]":
-        return subprocess.run(
-            [*_ssh(), *PATIENCE, *ALIVE, self.host, f'cd "$HOME" && {command}'],
-            stdin=data or subprocess.DEVNULL,
-            capture_output=True,
-            timeout=timeout_s,
-            check=False,
-        )
+        try:
+            return subprocess.run(
+                [*_ssh(), *PATIENCE, *ALIVE, self.host, f'cd "$HOME" && {command}'],
+                stdin=data or subprocess.DEVNULL,
+                capture_output=True,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LostError(f"{self.host} did not answer for {timeout_s:g} s") from error
 
     def _send(self, files: Iterable[tuple[str, bytes | Path]], to: str) -> None:
         """Files as a folder there, whole or not at all, unless it is there already."""

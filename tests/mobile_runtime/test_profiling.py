@@ -58,7 +58,7 @@ def test_the_table_tells_shares_and_both_clocks(bundle, tmp_path, capsys):
         (["--backend", "mil"], "choose one of: executorch, onnxruntime"),
         (["--backend", "executorch"], "does not read"),
         (["--option", "fast=1"], "unknown option"),
-        (["--repeats", "0"], "above zero"),
+        (["--repeats", "0"], "take at least one"),
         (["--option", 'providers=["X"]'], "unknown execution provider"),
         (["--option", "providers=[]"], "unknown execution provider"),
     ],
