@@ -72,7 +72,10 @@ def _figure(check: Check) -> Figure | None:
 def read(path: Path) -> Baseline:
     """A stored baseline; UserError where it is none."""
     try:
-        return Baseline.model_validate_json(path.read_bytes())
+        found = Baseline.model_validate_json(path.read_bytes())
+        if not (found.figures and found.model_bytes):
+            raise UserError(f"{path} holds no figures; make it again with --save-baseline")
+        return found
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"])

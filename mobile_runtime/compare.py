@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mobile_runtime.bundle import MANIFEST
 from mobile_runtime.errors import UserError
+from mobile_runtime.gates import told_gates
 from mobile_runtime.parity import Status
 from mobile_runtime.report import (
     PIPELINE,
@@ -35,6 +36,7 @@ class Line:
     model_bytes: int
     worst: dict[str, Check]
     picture: Check | None
+    gates: str
     times_ms: dict[str, tuple[float, float, float]]
 
     @property
@@ -66,6 +68,7 @@ def _lines(report: Report) -> list[Line]:
                 model_bytes=sum(size.bytes for size in report.sizes),
                 worst={check.component: check for check in same if check.runtime == runtime},
                 picture=min(pictures, key=_decibels, default=None),
+                gates=told_gates(report.asked_gates),
                 times_ms={
                     row.component: (row.median_ms, row.min_ms, row.p90_ms)
                     for row in report.latency
@@ -92,14 +95,15 @@ def render(lines: Sequence[Line]) -> str:
     """The whole page."""
     components = list(dict.fromkeys(name for line in lines for name in line.worst))
     timed = list(dict.fromkeys(name for line in lines for name in line.times_ms))
-    header = ["Bundle and runtime", *components, "picture", "models", "Verdict"]
+    header = ["Bundle and runtime", *map(escape, components), "picture", "models", "Verdict"]
     rows = [
         [
             f"{escape(line.bundle)}<small>{escape(line.runtime)}</small>",
             *(_told(line.worst.get(name)) for name in components),
             _told(line.picture),
             f"{line.model_bytes / 1e6:.1f} MB",
-            verdict_mark(line.verdict),
+            verdict_mark(line.verdict)
+            + (f"<small>gates asked: {escape(line.gates)}</small>" if line.gates else ""),
         ]
         for line in lines
     ]
@@ -152,7 +156,7 @@ def format_lines(lines: Sequence[Line]) -> str:
                 _told(line.picture).replace("–", "-"),
                 f"{whole[0]:.1f} ms" if whole else "-",
                 f"{line.model_bytes / 1e6:.1f} MB",
-                line.verdict,
+                line.verdict + (f" (gates asked: {line.gates})" if line.gates else ""),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -220,6 +224,7 @@ def _as_json(line: Line) -> dict[str, object]:
         "bundle": line.bundle,
         "runtime": line.runtime,
         "verdict": line.verdict,
+        "gates_asked": line.gates,
         "model_bytes": line.model_bytes,
         "same_function": {
             name: {"snr_db": check.value, "equal": check.equal}

@@ -24,6 +24,7 @@ from mobile_runtime.jobs import (
     PromptTask,
     Record,
     Result,
+    ResultError,
     open_job,
     under,
     write_json,
@@ -68,6 +69,7 @@ def run_job(
         memory_bytes=machine.memory_bytes(),
         environment=environment(),
     )
+    _forget_another(result, facts)
     write_json(output / DEVICE, facts)
     missing = set(result.missing())
     tasks = [t for t in job.tasks if t.name in missing and (only is None or t.name in only)]
@@ -92,6 +94,17 @@ def run_job(
         result.write(record, tensors)
         tell(record)
     return result
+
+
+def _forget_another(result: Result, facts: DeviceFacts) -> None:
+    """Remove what another machine, or another version of its runtime, left in a result."""
+    try:
+        same = result.device() in (None, facts)
+    except ResultError:
+        same = False
+    for task in () if same else result.job.tasks:
+        for ending in (".json", ".safetensors"):
+            (result.folder / f"{task.name}{ending}").unlink(missing_ok=True)
 
 
 class _Tasks:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -26,9 +26,18 @@ from mobile_runtime.latency import WARM_UP, Environment, Timing
 from mobile_runtime.manifest import ComponentName, GoldenPrompt, Strict
 
 JOB, INPUTS, DEVICE = "job.json", "inputs.safetensors", "device.json"
+LONGEST_REASON = 1000
 Count = Annotated[int, Field(ge=0)]
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T", bound=Strict)
+
+
+def _plain(text: object) -> object:
+    """What a device says, as far as a page has room for it, without control characters."""
+    if not isinstance(text, str):
+        return text
+    shown = "".join(char if char.isprintable() else " " for char in text[: 2 * LONGEST_REASON])
+    return shown if len(shown) <= LONGEST_REASON else shown[: LONGEST_REASON - 1] + "…"
 
 
 class ResultError(BundleError):
@@ -96,7 +105,7 @@ class Record(Strict):
     manifest_sha256: str = Field(description="of the bundle as the device has it")
     task: str
     status: Literal["done", "fail", "not_run"]
-    reason: str = ""
+    reason: Annotated[str, BeforeValidator(_plain)] = ""
     timing: Timing | None = None
     peak_bytes: Count | None = Field(
         default=None, description="the most memory that the process held during the task"
@@ -129,7 +138,8 @@ def make_job(
 ) -> Job:
     """Write a job for all golden cases of a bundle into a new folder.
 
-    prompts: indices of golden prompts; None: all. repeats: timed calls of each component.
+    prompts: indices of golden prompts; None: all. repeats: timed calls of each component, and
+    timed pictures of the first prompt.
     """
     tensors: Arrays = {}
     components = []
@@ -143,7 +153,7 @@ def make_job(
             )
         for k, case in enumerate(cases):
             tensors |= {f"{entry.name}/{k}/{name}": case.inputs[name] for name in case.inputs}
-    tasks = []
+    tasks: list[PromptTask] = []
     for index in range(len(bundle.manifest.golden.prompts)) if prompts is None else prompts:
         prompt = prompt_case(bundle, index)
         tensors[f"prompt-{index}/noise"] = prompt.noise
@@ -151,7 +161,10 @@ def make_job(
             tensors[f"prompt-{index}/fresh_noise"] = prompt.fresh_noise
         tasks.append(
             PromptTask(
-                index=index, golden=prompt.golden, fresh_noise=prompt.fresh_noise is not None
+                index=index,
+                golden=prompt.golden,
+                fresh_noise=prompt.fresh_noise is not None,
+                repeats=0 if tasks else repeats,
             )
         )
     folder.mkdir(parents=True)

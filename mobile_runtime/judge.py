@@ -14,7 +14,7 @@ from mobile_runtime.jobs import (
     ResultError,
     under,
 )
-from mobile_runtime.latency import Latency, Timing, summary
+from mobile_runtime.latency import BUDGET_S, Latency, Timing, summary
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.pipeline_checks import check_prompt
 from mobile_runtime.report import PIPELINE, Check, Pictures
@@ -151,6 +151,11 @@ def _untimely(timing: Timing, task: ComponentTask | PromptTask) -> str | None:
         return None
     if not timing.times_ms:
         return "has no timed calls, and the job asks for some"
+    if len(timing.times_ms) < task.repeats and sum(timing.times_ms) < 900 * BUDGET_S:
+        return (
+            f"has {len(timing.times_ms)} timed calls, and the job asks for {task.repeats} or "
+            f"{BUDGET_S:g} s of them"
+        )
     if isinstance(task, ComponentTask) and timing.warm_up < task.warm_up:
         return (
             f"was timed after {timing.warm_up} calls to warm up, and the job asks for "

@@ -7,7 +7,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,18 @@ def columns_of(
             columns.append(_here(bundle, runtime, len(bundles) > 1))
         for name in names:
             columns.append(_there(bundle, name, backend, len(bundles) > 1))
-    return columns
+    return _apart(columns)
+
+
+def _apart(columns: Sequence[Column]) -> list[Column]:
+    """The columns, numbered where several have one name: two bundles of a target, say."""
+    names = [column.name for column in columns]
+    return [
+        replace(column, name=f"{column.name} #{names[: k + 1].count(column.name)}")
+        if names.count(column.name) > 1
+        else column
+        for k, column in enumerate(columns)
+    ]
 
 
 def _label(bundle: Bundle, runtime: Runtime, several: bool) -> str:

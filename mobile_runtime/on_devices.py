@@ -1,5 +1,6 @@
 """Validation on devices: a job for each, its result, and one report on all of them."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -11,20 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mobile_runtime import devices
+from mobile_runtime import backends, devices
 from mobile_runtime.backends import default_backend
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.cache import cache_root
-from mobile_runtime.checks import Teller
+from mobile_runtime.checks import Teller, check_inside
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S, Device, Troubles, Work
 from mobile_runtime.devices.folder import FolderDevice
-from mobile_runtime.errors import UserError
+from mobile_runtime.errors import UserError, choices
 from mobile_runtime.jobs import Job, Result, ResultError, make_job, open_job
 from mobile_runtime.judge import Judged, component_runs, judge_result
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.report import PIPELINE, Check, DeviceRun, Report
 from mobile_runtime.runs import ComponentRun, NoRun, Runtime
-from mobile_runtime.validate import UNTIMED, report_of, told_elsewhere
+from mobile_runtime.validate import UNTIMED, report_of, runtimes, told_elsewhere
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two validations at a time are the user's to avoid
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -50,22 +56,48 @@ def validate_on(
 ) -> Report:
     """Run a bundle's golden cases on devices, one after the other, and judge what they give.
 
-    A device that cannot run, or stops on the way, is told in the report as not run; what it gave
-    is kept, and the next validation asks it for the rest. UserError for an unknown device.
+    What needs no device is checked here: the values inside the models, where the bundle's format
+    shows them, and the sampler's replay. A device that cannot run, or stops on the way, is told in
+    the report as not run; what it gave is kept, and the next validation asks it for the rest.
+    UserError for an unknown device, one that is named twice, and a backend that reads no bundle.
     """
+    if twice := [name for k, name in enumerate(names) if name in names[:k]]:
+        raise UserError(f"--device {twice[0]} is named twice; name each once")
+    if asked.backend is not None and asked.backend not in backends.FORMATS:
+        raise choices("backend", asked.backend, list(backends.FORMATS))
+    if asked.layers and not any(
+        bundle.quantized_layers(entry.name) for entry in bundle.manifest.components
+    ):
+        raise UserError(
+            f"{bundle.path} has no layers with quantized activations to run alone; leave out "
+            "--layers"
+        )
     chosen = [devices.find(name) for name in names]
     judged, ran = Judged(), list[DeviceRun]()
-    runtimes = [_runtime(bundle, device, asked) for device in chosen]
-    for device, runtime in zip(chosen, runtimes, strict=True):
+    asked_of = [_runtime(bundle, device, asked) for device in chosen]
+    for device, runtime in zip(chosen, asked_of, strict=True):
         found, facts = _on(bundle, device, runtime, asked, tell)
         judged.add(found)
         if asked.layers:
             tell(f"{device.name}: quantized layers alone")
             judged.checks += _layers(bundle, device, runtime, asked)
         ran += [facts] if facts else []
+    judged.checks += _inside(bundle, tell)
     left_out = len(bundle.manifest.golden.prompts) - len(_prompts(bundle, asked))
-    judged.checks += told_elsewhere(bundle, runtimes, left_out)
+    judged.checks += told_elsewhere(bundle, asked_of, left_out)
     return report_of(bundle, judged, ran)
+
+
+def _inside(bundle: Bundle, tell: Callable[[str], None]) -> list[Check]:
+    """The values inside each model, in the runtimes of this machine that show them."""
+    checks: list[Check] = []
+    for entry in bundle.manifest.components:
+        tell(f"{entry.name} here: look inside")
+        for runtime in runtimes(bundle):
+            found = check_inside(bundle, entry.name, runtime)
+            label = {"runtime": f"{runtime.label} here"}
+            checks += [check.model_copy(update=label) for check in found]
+    return checks
 
 
 def _layers(bundle: Bundle, device: Device, runtime: Runtime, asked: Asked) -> list[Check]:
@@ -140,19 +172,47 @@ def _done(
     """A job's result, as far as the device went; one that is whole is removed afterwards."""
     by_hand = isinstance(device, FolderDevice)
     folder = device.folder if isinstance(device, FolderDevice) else _place(bundle, runtime, asked)
-    job = _job(bundle, folder / "job", runtime, asked)
-    result = Result(folder / "result", job)
-    work = Work(bundle, folder / "job", result.folder, asked.timeout_s, tell)
-    obstacle = device.obstacle()
-    if obstacle:
-        why = NoRun("not_run", obstacle)
-        troubles = {task.name: why for task in job.tasks}
-    else:
-        troubles = device.run(work)
-    yield result, troubles
-    if not by_hand and not result.missing():
-        # The next validation measures anew.
-        shutil.rmtree(folder, ignore_errors=True)
+    repeats = (
+        0 if runtime.backend in UNTIMED or getattr(device, "emulated", False) else asked.repeats
+    )
+    with contextlib.ExitStack() as stack:
+        obstacle = device.obstacle()
+        if obstacle:
+            # Nothing will run there; what was kept of an earlier run stays for the next one.
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            job = _make_job(bundle, Path(scratch) / "job", runtime, asked, repeats)
+            result = Result(Path(scratch) / "result", job)
+            yield result, {task.name: NoRun("not_run", obstacle) for task in job.tasks}
+            return
+        if not by_hand:
+            stack.enter_context(_alone(folder, device.name))
+        job = _job(bundle, folder / "job", runtime, asked, repeats)
+        result = Result(folder / "result", job)
+        troubles = device.run(Work(bundle, folder / "job", result.folder, asked.timeout_s, tell))
+        yield result, troubles
+        if not by_hand and not result.missing():
+            # The next validation measures anew.
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path, device: str) -> Iterator[None]:
+    """Hold a job's folder against another validation that asks the same at the same time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f"{folder.name}.lock")
+    with lock.open("w") as handle:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"another validation of this bundle on {device} is running; wait until it is "
+                    "done, and run this again"
+                ) from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _place(bundle: Bundle, runtime: Runtime, asked: Asked) -> Path:
@@ -163,10 +223,8 @@ def _place(bundle: Bundle, runtime: Runtime, asked: Asked) -> Path:
     return cache_root() / "jobs" / f"{words[:40]}-{key}"
 
 
-def _job(bundle: Bundle, folder: Path, runtime: Runtime, asked: Asked) -> Job:
+def _job(bundle: Bundle, folder: Path, runtime: Runtime, asked: Asked, repeats: int) -> Job:
     """The job that lies there, or a new one. UserError where it is not what is asked for."""
-    prompts = _prompts(bundle, asked)
-    repeats = 0 if runtime.backend in UNTIMED else asked.repeats
     if folder.exists():
         try:
             job, _ = open_job(folder)
@@ -177,26 +235,27 @@ def _job(bundle: Bundle, folder: Path, runtime: Runtime, asked: Asked) -> Job:
                 f"{folder} is damaged, or the job of another bundle; remove it, or choose another "
                 "folder"
             )
-        there = (job.backend, job.options, [task.index for task in job.prompts])
-        same_repeats = all(task.repeats == repeats for task in job.components)
-        if there != (runtime.backend, runtime.options, prompts) or not same_repeats:
+        with tempfile.TemporaryDirectory() as scratch:
+            wanted = _make_job(bundle, Path(scratch) / "job", runtime, asked, repeats)
+        # What it holds was made here, and may have been edited since.
+        if job.model_copy(update={"id": wanted.id}) != wanted:
             raise UserError(
-                f"{folder} is a job with another --backend, --option, --prompts or --repeats; ask "
-                "for the same, or choose another folder"
+                f"{folder} is a job with another --backend, --option, --prompts or --repeats, or "
+                "was edited; ask for the same, or choose another folder"
             )
         return job
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    job = make_job(
-        bundle,
-        partial,
-        runtime.backend,
-        runtime.options,
-        prompts=prompts,
-        repeats=repeats,
-    )
+    job = _make_job(bundle, partial, runtime, asked, repeats)
     partial.rename(folder)
     return job
+
+
+def _make_job(bundle: Bundle, folder: Path, runtime: Runtime, asked: Asked, repeats: int) -> Job:
+    prompts = _prompts(bundle, asked)
+    return make_job(
+        bundle, folder, runtime.backend, runtime.options, prompts=prompts, repeats=repeats
+    )
 
 
 def _facts(device: Device, result: Result) -> DeviceRun | None:
@@ -212,4 +271,17 @@ def _facts(device: Device, result: Result) -> DeviceRun | None:
         emulated=facts.emulated,
         memory_bytes=facts.memory_bytes,
         environment=facts.environment,
+        options=result.job.options,
+        thermal=_hottest(result),
     )
+
+
+def _hottest(result: Result) -> str | None:
+    """The worst thermal state that any task was done in, where one is told."""
+    order = ("nominal", "fair", "serious", "critical")
+    told = []
+    for task in result.job.tasks:
+        with contextlib.suppress(ResultError):
+            record = result.record(task.name)
+            told += [record.thermal] if record is not None and record.thermal else []
+    return max(told, key=lambda state: order.index(state) if state in order else -1, default=None)

@@ -35,9 +35,8 @@ def check_prompt(
     """Hold what came of one golden prompt against its references."""
     tell = Teller(PIPELINE, runtime.label, index)
     case, gates = prompt_case(bundle, index), bundle.manifest.gates
-    # A device's sampler is its own; its latents and picture are held against the reference.
-    here = runtime.device is None
-    checks = [_sampler(tell, bundle, case)] if here and case.between else []
+    # The manifest's own numbers: they are replayed here, wherever the models ran.
+    checks = [_sampler(tell, bundle, case)] if case.between else []
     if run.ids is not None:
         checks.append(_tokens(tell, bundle, case.golden.prompt, run.ids))
     if run.noise is not None:
@@ -81,7 +80,9 @@ def check_prompt(
 
 
 def _tokens(tell: Teller, bundle: Bundle, prompt: str, given: np.ndarray) -> Check:
-    """The ids are those of one of the text encoder's golden cases."""
+    """The ids are those of one of the text encoder's golden cases, and of this very prompt."""
+    if not np.array_equal(given, ClipTokenizer.from_bundle(bundle).encode(prompt)):
+        return tell("tokens", "fail", f"the ids of {prompt!r} are not what the tokenizer gives")
     # Not ["input_ids"]: an encoder whose input has another name is told where it is run.
     known = [case.inputs.get("input_ids") for case in golden_cases(bundle, "text_encoder")]
     if any(

@@ -98,6 +98,8 @@ class DeviceRun(Strict):
     emulated: bool
     memory_bytes: int | None
     environment: Environment
+    options: dict[str, Any] = Field(default={}, description="of its backend, threads say")
+    thermal: str | None = Field(default=None, description="the hottest that it told while it ran")
 
 
 class Size(Strict):
@@ -124,6 +126,10 @@ class Report(Strict):
     devices: tuple[DeviceRun, ...] = ()
     asked_gates: dict[str, float | None] = Field(
         default={}, description="in place of the bundle's own, from the command line"
+    )
+    options: dict[str, Any] = Field(default={}, description="of the backend on this machine")
+    asked: tuple[str, ...] = Field(
+        default=(), description="the command line's options, to run it again"
     )
     checks: tuple[Check, ...]
     latency: tuple[Latency, ...] = ()
@@ -258,7 +264,12 @@ def read_report(bundle: Bundle, folder: Path | None = None) -> Report:
 def load_report(path: Path) -> Report:
     """Read a report.json; BundleError where it is none."""
     try:
-        return Report.model_validate_json(path.read_bytes())
+        report = Report.model_validate_json(path.read_bytes())
+        if conclude(report.checks)[0] != report.verdict:
+            raise BundleError(
+                f"{path} says {report.verdict}, and its checks do not; validate the bundle again"
+            )
+        return report
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"])
@@ -279,7 +290,10 @@ def told_verdict(bundle: Bundle) -> str:
     if report.manifest_sha256 != bundle.manifest_sha256:
         return "the report is of another manifest (not validated)"
     if report.verdict == "pass":
-        return f"pass, {report.created}"
+        told = told_gates(report.asked_gates)
+        return f"pass, {report.created}" + (
+            f"; gates from the command line: {told}" if told else ""
+        )
     word = {"fail": "FAILED", "not_run": "NOT RUN"}[report.verdict]
     return f"{word}: {report.summary}"
 

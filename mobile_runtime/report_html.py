@@ -5,12 +5,15 @@ import io
 import math
 import re
 import shlex
+from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mobile_runtime.gates import told_gates
+from mobile_runtime.latency import Latency
 from mobile_runtime.manifest import LayerPlan
 from mobile_runtime.report import (
     Check,
@@ -294,18 +297,20 @@ def _latency(report: Report) -> str:
         return ""
     rows = [
         [
-            _named(row.component, row.runtime),
+            _named(row.component, row.runtime) + _parts(row),
             f"{row.median_ms:.1f} ms",
             f"{row.p90_ms:.1f} ms",
             f"{row.min_ms:.1f} ms",
             f"{row.first_ms:.1f} ms",
             f"{row.load_ms:.0f} ms",
-            f"{row.repeats}",
+            f"{row.repeats} after {row.warm_up}",
         ]
         for row in report.latency
     ]
     shown = table(
-        ["Component", "Median", "p90", "Min", "First call", "Load", "Repeats"], rows, wide=(3, 4, 6)
+        ["Component", "Median", "p90", "Min", "First call", "Load", "Repeats after warm-up"],
+        rows,
+        wide=(3, 4, 6),
     )
     note = (
         '<p class="soft">One call on the machine named below; pipeline: a whole picture. The bar '
@@ -324,6 +329,17 @@ def _latency(report: Report) -> str:
     ]
     chart = bars(times)
     return f'<h2>Latency</h2><div class="card">{chart}{shown}{note}</div>'
+
+
+def _parts(row: Latency) -> str:
+    """What a whole picture is made of: each model's calls, the UNet's being the steps."""
+    if not row.parts_ms:
+        return ""
+    told = []
+    for name, times in row.parts_ms.items():
+        calls = f"{len(times)} calls, {min(times):.1f} to {max(times):.1f} ms each"
+        told.append(f"{name} {times[0]:.1f} ms" if len(times) == 1 else f"{name} {calls}")
+    return f"<small>{escape('; '.join(told))}</small>"
 
 
 def _sizes(report: Report) -> str:
@@ -379,12 +395,9 @@ def _plan(report: Report) -> str:
 
 
 def _again(report: Report) -> str:
-    devices = "".join(f" --device {shlex.quote(device.name)}" for device in report.devices)
-    asked = "".join(
-        f" --gate {name}={'none' if value is None else f'{value:g}'}"
-        for name, value in report.asked_gates.items()
+    command = " ".join(
+        ["python -m mobile_runtime validate BUNDLE", *map(shlex.quote, report.asked)]
     )
-    command = f"python -m mobile_runtime validate BUNDLE{devices}{asked}"
     return (
         f'<h2>How to run it again</h2><div class="card"><code>{escape(command)}</code>'
         f'<p class="soft">BUNDLE: the folder whose manifest.json has the SHA-256 '
@@ -407,12 +420,17 @@ def _all_checks(report: Report) -> str:
     return f'<h2>Details</h2><details class="card"><summary>{label}</summary>{shown}</details>'
 
 
+def _options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items()) or "its own defaults"
+
+
 def _environment(report: Report) -> str:
     here = report.environment
     facts = {
         "CPU": f"{here.cpu}, {here.cores} cores ({here.machine})",
         "CPU features": ", ".join(here.cpu_flags) or "none of those that matter",
         "System": here.system,
+        "Runtime's options": _options(report.options),
         "Threads": ", ".join(f"{k}={v}" for k, v in here.threads.items()) or "each library's own",
         "Libraries": ", ".join(f"{k} {v}" for k, v in here.libraries.items()),
         "Python": here.python,
@@ -430,6 +448,8 @@ def _environment(report: Report) -> str:
                     "CPU": f"{there.cpu}, {there.cores} cores ({there.machine}){memory}",
                     "CPU features": ", ".join(there.cpu_flags) or "none of those that matter",
                     "System": there.system,
+                    "Runtime's options": _options(device.options),
+                    "Heat": device.thermal or "not told",
                     "Libraries": ", ".join(f"{k} {v}" for k, v in there.libraries.items()),
                 },
             )

@@ -14,10 +14,10 @@ in the package's own arithmetic. Core ML itself is then told as not run.
 import argparse
 import datetime
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -61,41 +61,47 @@ DEFAULT_REPEATS = 5
 PROGRESS_AFTER_S = 2.0
 
 
-def runtimes(bundle: Bundle, backend: str | None = None) -> list[Runtime]:
+def runtimes(
+    bundle: Bundle, backend: str | None = None, options: Mapping[str, Any] | None = None
+) -> list[Runtime]:
     """What the bundle's models are run in; the last one runs the whole pipeline, too.
 
-    backend: None takes the target's own. Raises UserError for an unknown one.
+    backend: None takes the target's own. Raises UserError for an unknown one, or an option that it
+    has not.
     """
     arithmetic = bundle.manifest.arithmetic
     name = backends.default_backend(bundle.manifest.target) if backend is None else backend
     # The others read no bundle: torch opens a diffusers folder.
     if name not in backends.FORMATS:
         raise choices("backend", name, list(backends.FORMATS))
-    if name != "mil":
-        return [Runtime(name, arithmetic)]
+    own = dict(options or {})
+    backends.check_options(name, own)
+    if name != "mil" or "arithmetic" in own:
+        return [Runtime(name, own.get("arithmetic", arithmetic), own)]
     kinds: tuple[Literal["float32", "float16"], ...] = ("float32",)
     if arithmetic == "float16":
         kinds = ("float32", "float16")
-    return [Runtime(name, kind, {"arithmetic": kind}) for kind in kinds]
+    return [Runtime(name, kind, {**own, "arithmetic": kind}) for kind in kinds]
 
 
 def validate(
     bundle: Bundle,
     *,
     backend: str | None = None,
+    options: Mapping[str, Any] | None = None,
     prompts: int | None = None,
     repeats: int = DEFAULT_REPEATS,
     progress: bool = True,
 ) -> Report:
     """Check an opened bundle. Writes nothing; see `report.write_report`.
 
-    backend: None takes the target's own. prompts: only the first so many golden prompts; the
+    backend: None takes the target's own; options are its. prompts: only the first so many; the
     report tells how many were left out. repeats: timed calls of each component, 0 for none.
     Raises UserError for an unknown backend. A backend that is not available here, and a model
     that does not run, are told in the report, whose verdict is then not 'pass'.
     """
     manifest = bundle.manifest
-    chosen = runtimes(bundle, backend)
+    chosen = runtimes(bundle, backend, options)
     wanted = list(range(len(manifest.golden.prompts)))[:prompts]
     judged = Judged()
     with _bar(_count_steps(bundle, chosen, wanted, repeats), progress) as step:
@@ -110,7 +116,7 @@ def validate(
         judged.add(judge_prompts(bundle, chosen[-1], runs))
     left_out = len(manifest.golden.prompts) - len(wanted)
     judged.checks += told_elsewhere(bundle, chosen, left_out)
-    return report_of(bundle, judged)
+    return report_of(bundle, judged).model_copy(update={"options": dict(options or {})})
 
 
 def run_here(
@@ -245,7 +251,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="with --device, for the backend, as in threads=2",
+        help="for the backend, as in threads=2",
     )
     parser.add_argument(
         "--timeout",
@@ -295,11 +301,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
+def _asked(args: argparse.Namespace) -> tuple[str, ...]:
+    """The options that say what is checked, and how, to be given again."""
+    words = []
+    for option, values in (
+        ("--backend", [args.backend]),
+        ("--device", args.device),
+        ("--option", args.option),
+        ("--prompts", [args.prompts]),
+        ("--repeats", [args.repeats if args.repeats != DEFAULT_REPEATS else None]),
+        ("--gate", args.gate),
+    ):
+        words += [word for value in values if value is not None for word in (option, str(value))]
+    return (*words, *(["--layers"] if args.layers else []))
+
+
 def _here(bundle: Bundle, args: argparse.Namespace) -> Report:
-    for option, given in (("--option", args.option), ("--layers", args.layers)):
-        if given:
-            raise UserError(f"{option} goes with --device; name one, say --device local")
-    return validate(bundle, backend=args.backend, prompts=args.prompts, repeats=args.repeats)
+    if args.layers:
+        raise UserError("--layers goes with --device; name one, say --device local")
+    return validate(
+        bundle,
+        backend=args.backend,
+        options=backends.parse_options(args.option),
+        prompts=args.prompts,
+        repeats=args.repeats,
+    )
 
 
 def _on_devices(bundle: Bundle, args: argparse.Namespace) -> Report:
@@ -325,21 +351,26 @@ def run(args: argparse.Namespace) -> int:
     # A validation may take minutes; a report that cannot be kept is told before.
     check_writable(args.output or bundle.path)
     for option, path in (("--save-baseline", args.save_baseline), ("--markdown", args.markdown)):
+        if path is not None and (path.is_dir() or not path.name):
+            raise UserError(f"{option} {str(path)!r} is no file; name one")
         if path:
             check_writable(path.absolute().parent, option)
     before = baseline.read(args.baseline) if args.baseline else None
     if before:
         baseline.compare(bundle, (), before)  # of another bundle: told before anything runs
     report = _on_devices(bundle, args) if args.device else _here(bundle, args)
-    report = report.model_copy(update={"asked_gates": asked})
+    report = report.model_copy(update={"asked_gates": asked, "asked": _asked(args)})
     models = [check for check in report.checks if check.kind == "outputs"]
     if all(check.status == "not_run" for check in models):
         raise UserError(models[0].reason if models else f"{bundle.path} holds nothing to check")
     if before:
         report = with_checks(report, baseline.compare(bundle, report.checks, before))
     _, html = write_report(report, args.output or bundle.path)
-    if args.save_baseline:
+    if args.save_baseline and report.verdict == "pass":
         baseline.write(args.save_baseline, baseline.of(bundle, report.checks))
+    elif args.save_baseline:
+        # Else the next run would be held to what just failed.
+        print(f"{args.save_baseline} is left as it is: only a pass is stored", file=sys.stderr)
     if args.markdown:
         with args.markdown.open("a", encoding="utf-8") as stream:
             stream.write(report_markdown.render(report))

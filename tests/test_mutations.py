@@ -14,6 +14,7 @@ import pytest
 from converters import cli
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError
+from mobile_runtime.on_devices import Asked, validate_on
 from mobile_runtime.report import Report
 from mobile_runtime.validate import validate
 from tests.converters.small import make_small_pipeline
@@ -251,6 +252,25 @@ def test_damage_is_caught_and_its_place_named(bundles, damage, tmp_path):
     else:
         assert named[0].component == damage.layer.split(".")[0]
         assert named[0].details["layer"] == damage.layer
+        assert damage.layer in report.summary
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a weight tensor zeroed",
+        "two layers swapped",
+        "the attention's scale lost",
+        "a wrong scaling factor",
+    ],
+)
+def test_a_device_changes_nothing_about_what_is_caught(bundles, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("POCKET_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    (damage,) = (one for one in DAMAGES if one.name == name)
+    bundle = Bundle.open(damaged(bundles["onnx"], damage, tmp_path / "bundle"))
+    report = validate_on(bundle, ["local"], Asked(repeats=0))
+    assert report.verdict == "fail"
+    if damage.layer is not None:
         assert damage.layer in report.summary
 
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import queue
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from mobile_runtime.devices import Troubles, Work
 from mobile_runtime.devices.attempts import Fault, prepared_attempts
 from mobile_runtime.devices.transfers import (
     SHOWN_LETTERS,
+    STALE_MIN,
     LostError,
     files_of,
     keep,
@@ -44,6 +46,9 @@ NEEDED = ("numpy", "pydantic", "safetensors", "tqdm", "regex")
 ROOT = ".cache/pocket_diffusion"
 CONNECTION_LOST = 255
 PYTHON = "python3"
+WRONG_REQUEST = 2
+"""The runner's exit code for a bundle or a job that it cannot use."""
+END_S = 30.0
 POLL_S = 0.2
 
 
@@ -102,7 +107,7 @@ class SshDevice:
         if not Result(work.result, job).missing():
             # All is here; a computer that has just gone keeps its copy.
             with contextlib.suppress(LostError):
-                self._call(f"rm -rf {ROOT}/jobs/{job.id} {ROOT}/results/{job.id}")
+                self._call(f"rm -rf {ROOT}/jobs/{job.id}* {ROOT}/results/{job.id}")
         return troubles
 
     @cached_property
@@ -112,9 +117,11 @@ class SshDevice:
 
     def _attempt(self, work: Work, result: Result, tasks: Sequence[str]) -> Fault | None:
         job = result.job
+        pid = f"jobs/{job.id}.pid"
         command = (
-            f"cd {ROOT} && PYTHONPATH=$HOME/{self._code_there} exec {shlex.quote(self.python)} "
-            f"-u -m mobile_runtime.job_runner jobs/{job.id} bundles/{job.manifest_sha256} "
+            f"cd {ROOT} && echo $$ > {pid} && PYTHONPATH=$HOME/{self._code_there} "
+            f"exec {shlex.quote(self.python)} -u -m mobile_runtime.job_runner "
+            f"jobs/{job.id} bundles/{job.manifest_sha256} "
             f"--output results/{job.id} --only {' '.join(tasks)}"
         )
         process = subprocess.Popen(
@@ -130,6 +137,7 @@ class SshDevice:
             while (line := _next(lines)) is not None:
                 if line == "":
                     if time.monotonic() - heard > work.timeout_s:
+                        self._end(f"{ROOT}/{pid}")
                         told = f"{self.name} gave no result for {work.timeout_s:g} s"
                         return Fault(NoRun("fail", told))
                     continue
@@ -153,9 +161,22 @@ class SshDevice:
         if code > 128:
             told = f"{self.name}: the process was ended by signal {code - 128}"
             return Fault(NoRun("fail", told))
+        if code == WRONG_REQUEST:
+            # Its copies are not what was sent: the next run sends them again.
+            copies = f"{ROOT}/bundles/{job.manifest_sha256} {ROOT}/jobs/{job.id}"
+            with contextlib.suppress(LostError):
+                self._call(f"rm -rf {copies}")
+            told = f"{self.name} could not use its copies, which are removed; run it again:{said}"
+            return Fault(NoRun("not_run", told), for_all=True)
         if code and not result.has(tasks[0]):
             return Fault(NoRun("not_run", f"{self.name} ended with code {code}:{said}"), True)
         return None
+
+    def _end(self, pid_file: str) -> None:
+        """End a task that hangs, and what it has started, so that nothing is timed beside it."""
+        group = f"$(cat {pid_file})"
+        with contextlib.suppress(LostError):
+            self._call(f"kill -9 -- -{group} || kill -9 {group}", timeout_s=END_S)
 
     def _call(
         self, command: str, data: IO[bytes] | None = None, timeout_s: float = 600
@@ -175,9 +196,11 @@ class SshDevice:
         """Files as a folder there, whole or not at all, unless it is there already."""
         if self._call(f"test -d {to}").returncode == 0:
             return
-        partial = f"{to}.partial"
+        partial = f"{to}.{secrets.token_hex(4)}.partial"
         command = (
-            f"rm -rf {partial} && mkdir -p {partial} && tar -xf - -C {partial} && mv {partial} {to}"
+            f"find {to}.*.partial -maxdepth 0 -mmin +{STALE_MIN} -exec rm -rf {{}} + 2>/dev/null; "
+            f"mkdir -p {partial} && tar -xf - -C {partial} && "
+            f"if [ -d {to} ]; then rm -rf {partial}; else mv {partial} {to}; fi"
         )
         with packed(files) as spool:
             done = self._call(command, spool)

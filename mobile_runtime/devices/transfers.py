@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import IO
 
 SHOWN_LETTERS = 300
+STALE_MIN = 60
+"""Minutes after which a folder that was half sent is nobody's any more."""
 
 
 class LostError(Exception):

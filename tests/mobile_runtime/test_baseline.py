@@ -135,3 +135,26 @@ def test_a_text_cannot_break_the_table(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", change_manifest=renamed)
     told = render(validate(bundle, repeats=0, progress=False))
     assert told.count("<script>") == told.count("\\<script>") > 0
+
+
+def test_what_failed_is_not_stored(bundle: Bundle, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "baseline.json"
+    assert run(bundle, tmp_path, "--save-baseline", file) == 0
+    before = file.read_text()
+    data = json.loads(before)
+    data["model_bytes"]["unet"] -= 1
+    file.write_text(json.dumps(data))
+    for _ in range(2):  # else the second run would pass
+        assert run(bundle, tmp_path, "--baseline", file, "--save-baseline", file) == 1
+    assert "only a pass is stored" in capsys.readouterr().err
+
+
+def test_a_baseline_of_nothing_is_refused(bundle: Bundle, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "baseline.json"
+    assert run(bundle, tmp_path, "--save-baseline", file) == 0
+    file.write_text(json.dumps({**json.loads(file.read_text()), "figures": []}))
+    assert run(bundle, tmp_path, "--baseline", file) == 2
+    assert "holds no figures" in capsys.readouterr().err
+    for option in ("--markdown", "--save-baseline"):
+        assert run(bundle, tmp_path, option, tmp_path) == 2
+        assert "is no file" in capsys.readouterr().err

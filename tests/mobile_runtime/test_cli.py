@@ -276,12 +276,20 @@ def test_info_tells_the_verdict_and_whose_it_is(
     path = bundle.file("report.json")
     passed = path.read_text()
     for verdict, word in (("fail", "FAILED"), ("not_run", "NOT RUN")):
-        changed = report.model_copy(update={"verdict": verdict, "summary": "unet is all NaN"})
-        path.write_text(changed.model_dump_json())
+        first = report.checks[0].model_copy(update={"status": verdict, "gated": True})
+        checks = (first, *report.checks[1:])
+        told = {"verdict": verdict, "summary": "unet is all NaN", "checks": checks}
+        path.write_text(report.model_copy(update=told).model_dump_json())
         assert validated(bundle, capsys) == f"{word}: unet is all NaN"
-    for damaged in (passed[:100], "[]", ""):
+    forged = report.model_copy(update={"checks": checks})  # which do not pass
+    for damaged in (passed[:100], "[]", "", forged.model_dump_json()):
         path.write_text(damaged)
         assert validated(bundle, capsys) == "the report is unreadable (not validated)"
+
+    path.write_text(passed)
+    assert run("validate", bundle.path, "--repeats", 0, "--gate", "picture_psnr_db=none") == 0
+    capsys.readouterr()
+    assert "gates from the command line: picture_psnr_db" in validated(bundle, capsys)
 
     other = make_bundle(bundle.path, guidance_scale=4.0, force=True)
     path.write_text(passed)

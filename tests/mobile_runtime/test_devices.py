@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from mobile_runtime import devices, on_devices
 from mobile_runtime.__main__ import main
-from mobile_runtime.bundle import Bundle
+from mobile_runtime.bundle import Bundle, sha256
 from mobile_runtime.devices.processes import ProcessDevice
 from mobile_runtime.errors import UserError, run_cli
 from mobile_runtime.job_runner import run_job
@@ -19,6 +19,7 @@ from mobile_runtime.jobs import Result, open_job
 from mobile_runtime.manifest import Manifest
 from mobile_runtime.on_devices import Asked, validate_on
 from mobile_runtime.report import Report
+from mobile_runtime.report_html import render
 from tests.bundles import make_bundle
 
 QUICK = Asked(options={"threads": 1}, repeats=2, timeout_s=60)
@@ -49,9 +50,12 @@ def outputs(report: Report) -> dict[str, tuple[str, str]]:
 def test_this_machine_in_a_process_of_its_own_passes(bundle: Bundle, tmp_path: Path) -> None:
     report = validate_on(bundle, ["local"], QUICK)
     assert report.verdict == "pass"
-    assert {check.runtime for check in report.checks} == {"onnxruntime on local"}
+    where = {check.runtime for check in report.checks}
+    assert where == {"onnxruntime on local", "onnxruntime here"}
     timed = [row.component for row in report.latency]
-    assert timed == ["text_encoder", "unet", "vae_decoder"]
+    assert timed == ["text_encoder", "unet", "vae_decoder", "pipeline"]
+    assert len(report.latency[-1].parts_ms["unet"]) == 4  # each step of the picture
+    assert report.devices[0].options == {"threads": 1}
     assert all((row.peak_bytes or 0) > 1e6 for row in report.latency)
     (ran,) = report.devices
     assert ran.name == "local"
@@ -219,7 +223,12 @@ def told(bundle: Bundle, folder: Path) -> Report:
 def test_a_sound_folder_passes(bundle: Bundle, copied: Path) -> None:
     report = told(bundle, copied)
     assert report.verdict == "pass"
-    assert [row.component for row in report.latency] == ["text_encoder", "unet", "vae_decoder"]
+    assert [row.component for row in report.latency] == [
+        "text_encoder",
+        "unet",
+        "vae_decoder",
+        "pipeline",
+    ]
 
 
 def test_an_emulated_device_has_no_latency(bundle: Bundle, copied: Path) -> None:
@@ -254,6 +263,12 @@ def stale(folder: Path) -> None:
     change(folder / "result/unet.json", job="0" * 32)
 
 
+def too_few(folder: Path) -> None:
+    path = folder / "result/unet.json"
+    timing = json.loads(path.read_text())["timing"]
+    change(path, timing=timing | {"times_ms": timing["times_ms"][:1]})
+
+
 def no_device(folder: Path) -> None:
     (folder / "result/device.json").unlink()
 
@@ -264,6 +279,7 @@ def no_device(folder: Path) -> None:
         (no_warm_up, "timed after 0 calls to warm up, and the job asks for 2"),
         (no_times, "tells no times"),
         (nothing_timed, "has no timed calls"),
+        (too_few, "has 1 timed calls, and the job asks for 2 or 10 s"),
         (stale, "the result of another job"),
         (no_device, "does not tell what device it is from"),
     ],
@@ -275,6 +291,78 @@ def test_a_result_that_is_not_what_was_asked_fails(
     report = told(bundle, copied)
     assert report.verdict == "fail"
     assert why in outputs(report)["unet"][1]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"components": []},
+        {"components": [{"component": "unet", "cases": 1, "warm_up": 2, "repeats": 2}]},
+        {"components": [{"component": "unet", "cases": 99, "warm_up": 2, "repeats": 2}]},
+        {"inputs_sha256": None},
+    ],
+)
+def test_a_job_that_was_edited_judges_nothing(
+    edit: dict[str, Any], bundle: Bundle, copied: Path
+) -> None:
+    path = copied / "job/job.json"
+    if "inputs_sha256" in edit:
+        inputs = copied / "job/inputs.safetensors"
+        tensors = load_file(inputs)
+        tensors["unet/0/sample"] += 1
+        save_file(tensors, inputs)
+        edit = {"inputs_sha256": sha256(inputs)}
+    change(path, **edit)
+    with pytest.raises(UserError, match="was edited"):
+        told(bundle, copied)
+
+
+def test_heat_and_a_long_reason_are_told_in_short(bundle: Bundle, copied: Path) -> None:
+    change(copied / "result/unet.json", thermal="critical")
+    change(copied / "result/text_encoder.json", status="fail", reason="\x1b[31m!" * 100_000)
+    report = told(bundle, copied)
+    assert report.verdict == "fail"
+    assert report.devices[0].thermal == "critical"
+    assert "critical" in render(report)
+    reason = outputs(report)["text_encoder"][1]
+    assert len(reason) <= 1000
+    assert reason.isprintable()
+
+
+def test_the_ids_of_another_prompt_are_wrong(bundle: Bundle, copied: Path) -> None:
+    one, other = (copied / f"result/prompt-{k}.safetensors" for k in (0, 1))
+    save_file({**load_file(other), "ids": load_file(one)["ids"]}, other)
+    change(copied / "result/prompt-1.json", tensors_sha256=sha256(other))
+    report = told(bundle, copied)
+    assert report.verdict == "fail"
+    assert "are not what the tokenizer gives" in report.summary
+
+
+def test_what_another_runtime_measured_is_measured_anew(bundle: Bundle, copied: Path) -> None:
+    record = copied / "result/unet.json"
+    timing = json.loads(record.read_text())["timing"]
+    change(record, timing=timing | {"times_ms": [999.0, 999.0]})
+    run_job(copied / "job", bundle, copied / "result")
+    assert 999.0 in json.loads(record.read_text())["timing"]["times_ms"]  # of this very machine
+    change(copied / "result/device.json", device="An older machine")
+    run_job(copied / "job", bundle, copied / "result")
+    assert 999.0 not in json.loads(record.read_text())["timing"]["times_ms"]
+
+
+def test_two_validations_at_a_time_do_not_meet(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ProcessDevice.run
+
+    def beside(self: Any, work: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(ProcessDevice, "run", run)
+            with pytest.raises(UserError, match="another validation of this bundle on local"):
+                validate_on(bundle, ["local"], QUICK)
+        return run(self, work)
+
+    monkeypatch.setattr(ProcessDevice, "run", beside)
+    assert validate_on(bundle, ["local"], QUICK).verdict == "pass"
 
 
 def test_a_missing_record_is_not_run(bundle: Bundle, copied: Path) -> None:
@@ -304,8 +392,6 @@ def test_missing_tensors_of_a_picture_are_named(bundle: Bundle, copied: Path) ->
     tensors = load_file(path)
     del tensors["picture"]
     save_file(tensors, path)
-    from mobile_runtime.bundle import sha256
-
     change(copied / "result/prompt-0.json", tensors_sha256=sha256(path))
     report = told(bundle, copied)
     assert outputs(report)["prompt-0"] == ("fail", "prompt-0 of the result has no tensor picture")
@@ -342,8 +428,10 @@ def test_the_interpreter_is_judged_and_run_in_the_packages_own_arithmetic(tmp_pa
     asked = Asked(backend="mil")
     runtime = on_devices._runtime(bundle, devices.find("local"), asked)
     assert (runtime.arithmetic, runtime.options) == ("float16", {"arithmetic": "float16"})
-    job = on_devices._job(bundle, tmp_path / "job", runtime, asked)
-    assert {task.repeats for task in job.components} == {0}  # its times say nothing
+    phone = f"folder:{tmp_path / 'phone'}"
+    validate_on(bundle, [phone], asked)
+    job, _ = open_job(tmp_path / "phone/job")
+    assert {task.repeats for task in job.tasks} == {0}  # its times say nothing
     single = Asked(backend="mil", options={"arithmetic": "float32"})
     runtime = on_devices._runtime(bundle, devices.find("local"), single)
     assert runtime.arithmetic == "float32"  # and has float32's gate
@@ -359,8 +447,10 @@ def test_several_devices_are_in_one_report(bundle: Bundle, copied: Path) -> None
     report = validate_on(bundle, ["local", f"folder:{copied}"], QUICK)
     assert report.verdict == "pass"
     assert len(report.devices) == 2
-    found = {check.runtime for check in report.checks}
+    found = {check.runtime for check in report.checks if check.kind == "outputs"}
     assert found == {"onnxruntime on local", f"onnxruntime on folder:{copied}"}
+    with pytest.raises(UserError, match="local is named twice"):
+        validate_on(bundle, ["local", "local"], QUICK)
 
 
 @pytest.mark.parametrize("name", ["phone", "local:x", "folder:", "", ":"])
@@ -383,8 +473,14 @@ def test_a_wrong_option_is_told_before_anything_runs(
     argv = ["validate", str(bundle.path), "--device", "local", "--option", "thread=2"]
     assert run_cli(main, argv) == 2
     assert "unknown option of the backend onnxruntime 'thread'" in capsys.readouterr().err
-    assert run_cli(main, ["validate", str(bundle.path), "--option", "threads=2"]) == 2
-    assert "--option goes with --device" in capsys.readouterr().err
+    assert run_cli(main, ["validate", str(bundle.path), "--option", "thread=2"]) == 2
+    assert "unknown option of the backend onnxruntime 'thread'" in capsys.readouterr().err
+    assert run_cli(main, ["validate", str(bundle.path), "--layers"]) == 2
+    assert "--layers goes with --device" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no layers with quantized activations"):
+        validate_on(bundle, ["local"], Asked(layers=True))
+    with pytest.raises(UserError, match="unknown backend 'torch'"):
+        validate_on(bundle, ["local"], Asked(backend="torch"))
 
 
 def test_a_job_runs_with_the_options_that_it_names(bundle: Bundle) -> None:

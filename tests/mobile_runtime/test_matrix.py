@@ -44,7 +44,7 @@ def test_two_bundles_of_a_recipe_are_compared(bundle: Bundle, tmp_path: Path, ca
     file = tmp_path / "matrix.json"
     assert run(bundle.path, other.path, "--json", file) == 0
     told = capsys.readouterr().out
-    assert "| text_encoder | onnx: onnxruntime |" in told
+    assert "| text_encoder | onnx: onnxruntime #2 |" in told
     pairs = {pair["component"]: pair for pair in json.loads(file.read_text())}
     assert pairs["text_encoder"]["equal"]
     assert pairs["text_encoder"]["snr_db"] is None
@@ -62,6 +62,19 @@ def test_devices_are_compared(bundle: Bundle, tmp_path: Path, capsys: Any) -> No
     run_job(tmp_path / "phone/job", bundle, tmp_path / "phone/result")
     assert run(bundle.path, "--device", "local", "--device", phone) == 0
     assert capsys.readouterr().out.count("equal bits") == 3
+
+
+def test_three_bundles_of_a_target_keep_their_cells(
+    bundle: Bundle, tmp_path: Path, capsys: Any
+) -> None:
+    other = make_bundle(tmp_path / "other", change_model=moved)
+    copied = make_bundle(tmp_path / "copied")
+    file = tmp_path / "matrix.json"
+    assert run(other.path, bundle.path, copied.path, "--json", file) == 0
+    pairs = [pair for pair in json.loads(file.read_text()) if pair["component"] == "unet"]
+    assert [pair["equal"] for pair in pairs] == [False, False, True]
+    assert len({(pair["first"], pair["second"]) for pair in pairs}) == 3
+    assert capsys.readouterr().out.count("| onnx: onnxruntime #1 |") == 3
 
 
 def column(name: str, **outputs: Any) -> Column:

@@ -141,7 +141,8 @@ def test_a_failed_baseline_is_the_comparisons_verdict_too(tmp_path, capsys):
     argv = ["compare", str(tmp_path / "worse"), "--json", "-o", str(tmp_path / "page.html")]
     assert run_cli(main, argv) == 0
     assert [row["verdict"] for row in json.loads(capsys.readouterr().out)] == ["fail"]
-    write_report(report.model_copy(update={"checks": ()}), tmp_path / "empty")
+    empty = report.model_copy(update={"checks": (), "verdict": "not_run"})
+    write_report(empty, tmp_path / "empty")
     argv = ["compare", str(tmp_path / "empty"), "-o", str(tmp_path / "other.html")]
     assert run_cli(main, argv) == 2
     assert "no model that was run" in capsys.readouterr().err
