@@ -252,6 +252,13 @@ def write_tokenizer(pipeline: Any, folder: Path) -> TokenizerFiles:
     )
 
 
+def read_tokenizer(files: TokenizerFiles, folder: Path) -> ClipTokenizer:
+    """The runtime's tokenizer of what `write_tokenizer` wrote."""
+    return ClipTokenizer.from_files(
+        folder / files.vocab, folder / files.merges, **files.model_dump(exclude={"vocab", "merges"})
+    )
+
+
 def _pipeline_maker(
     files: TokenizerFiles,
     folder: Path,
@@ -259,9 +266,7 @@ def _pipeline_maker(
     schedules: tuple[ScheduleTable, ...],
 ) -> Callable[[dict[str, golden.Runner]], Pipeline]:
     """The runtime's own pipeline over torch modules, so that both run the same code."""
-    tokenizer = ClipTokenizer.from_files(
-        folder / files.vocab, folder / files.merges, **files.model_dump(exclude={"vocab", "merges"})
-    )
+    tokenizer = read_tokenizer(files, folder)
     return lambda runners: Pipeline(runners, tokenizer, generation, schedules)
 
 

@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   python -m mobile_runtime validate BUNDLE --device local
   python -m mobile_runtime layers BUNDLE --component unet --worst 10
   python -m mobile_runtime bench BUNDLE OTHER --option threads=2
+  python -m mobile_runtime reference bench --ablation -o ablation
 """
 
 MAX_SEEDS = 10_000
@@ -42,6 +43,11 @@ OTHER_PICTURES = (".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".tif", ".tiff", ".w
 def main(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
     from mobile_runtime import bench, compare, layers, matrix, profiling, validate
+    from mobile_runtime.reference import command as reference
+
+    if argv[:1] == ["reference"]:
+        # Its options are also those of what opens pipelines, which no bundle needs.
+        return reference.main(argv[1:])
 
     parser = argparse.ArgumentParser(
         prog="python -m mobile_runtime",
@@ -73,6 +79,7 @@ def main(argv: list[str]) -> int:
     compare.add_arguments(add("compare", "put several reports on one page", compare.run))
     layers.add_arguments(add("layers", "compare the values inside with PyTorch's", layers.run))
     matrix.add_arguments(add("matrix", "compare runtimes with each other", matrix.run))
+    add("reference", "the desktop GPU pipeline: draw, time, profile", reference.main)
     devices_parser = add("devices", "list where bundles can be validated", list_devices)
     devices_parser.add_argument(
         "--setup",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 # not_gated: sound and measured, but no gate was set. not_run: could not be checked here.
 Status = Literal["pass", "fail", "not_run", "not_gated"]
@@ -29,6 +30,9 @@ PEAK_MARGIN_DB = 20.0
 # 60 degrees, so the two limits agree.
 CONDITIONING_RATIO = (0.5, 2.0)
 CONDITIONING_COSINE = 0.5
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+_LUMA = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,33 @@ def picture_psnr_db(reference: np.ndarray, output: np.ndarray) -> float:
         raise ValueError(f"the pictures' sizes differ: {reference.shape} and {output.shape}")
     error = output.astype(np.float64) - reference.astype(np.float64)
     return _decibel(255.0**2, float(np.mean(error**2)))
+
+
+def picture_ssim(reference: np.ndarray, output: np.ndarray) -> float:
+    """Mean structural similarity (Wang et al. 2004) of pictures (H, W, 3) uint8; equal ones: 1.
+
+    Of the luma (BT.601), at full size, with the paper's Gaussian window of 11 pixels and its
+    constants; windows that would leave the picture are left out.
+    Raises ValueError where the sizes differ or are below the window's.
+    """
+    if reference.shape != output.shape or min(output.shape[:2]) < SSIM_WINDOW:
+        raise ValueError(f"no SSIM of pictures {reference.shape} and {output.shape}")
+    x, y = reference @ _LUMA, output @ _LUMA
+    axis = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    window = np.exp(-(axis**2) / (2 * SSIM_SIGMA**2))
+    window /= window.sum()
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        for direction in (0, 1):
+            values = sliding_window_view(values, SSIM_WINDOW, axis=direction) @ window
+        return values
+
+    mean_x, mean_y = mean(x), mean(y)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    covariance = mean(x * y) - mean_x * mean_y
+    variances = mean(x * x) - mean_x**2 + mean(y * y) - mean_y**2
+    similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return float((similar / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))).mean())
 
 
 def check_picture(

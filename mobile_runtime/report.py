@@ -41,9 +41,10 @@ Kind = Literal[
     "source_picture",  # against the source's picture
     "elsewhere",  # what only another machine can check
     "baseline",  # whether anything is worse than in a stored report
+    "reference",  # pictures against the desktop pipeline's
 ]
 PIPELINE = "pipeline"
-BESIDE: tuple[Kind, ...] = ("elsewhere", "baseline")
+BESIDE: tuple[Kind, ...] = ("elsewhere", "baseline", "reference")
 """Checks of no runtime's outputs."""
 # The comparisons that a bundle's gates hold, where they are set.
 GATEABLE: tuple[Kind, ...] = (
@@ -88,6 +89,7 @@ class Pictures(Strict):
     source: np.ndarray
     reference: np.ndarray
     output: np.ndarray
+    desktop: tuple[tuple[str, np.ndarray], ...] = ()
 
 
 class DeviceRun(Strict):

@@ -83,7 +83,7 @@ def render(report: Report) -> str:
     """The whole page, its pictures inside."""
     title = f"{report.bundle} for {report.target}"
     sections = [_head(report, title), _inside(report), _pictures(report)]
-    sections += [_components(report), _prompts(report)]
+    sections += [_components(report), _prompts(report), _desktop(report)]
     sections += [_steps(report), _latency(report), _sizes(report), _plan(report)]
     sections += [_all_checks(report), _environment(report), _again(report)]
     return page(f"{title}: {_WORDS[report.verdict]}", "".join(sections))
@@ -160,6 +160,8 @@ def _prompt_card(runs: list[Pictures]) -> str:
         (first.source, "Source, fp32", "the pipeline before the stages"),
         (first.reference, "Reference", "PyTorch after the stages, same function"),
     ]
+    for name, picture in first.desktop:
+        shown.append((picture, escape(name), "the desktop pipeline"))
     for pictures in runs:
         shown.append((pictures.output, escape(pictures.runtime), "this bundle's files"))
         if pictures.output.shape != pictures.reference.shape:
@@ -274,6 +276,24 @@ def _prompts(report: Report) -> str:
         return ""
     header = ["Pipeline", "Picture PSNR", "Source", "Latents, worst step", "Verdict"]
     return f'<h2>Whole pipeline</h2><div class="card">{table(header, rows, wide=(3,))}</div>'
+
+
+def _desktop(report: Report) -> str:
+    """How far the pictures are from the desktop pipeline's, and its own two from each other."""
+    checks = [check for check in report.checks if check.kind == "reference"]
+    if not checks:
+        return ""
+    heads = list(dict.fromkeys(check.details["against"] for check in checks))
+    rows: dict[tuple[int | None, str], dict[str, Check]] = {}
+    for check in checks:
+        rows.setdefault((check.prompt, check.runtime), {})[check.details["against"]] = check
+    cells = [
+        [_named(f"prompt {prompt}", runtime), *(decibel(row.get(head)) for head in heads)]
+        for (prompt, runtime), row in rows.items()
+    ]
+    shown = table(["Picture", *(f"PSNR to {escape(head)}" for head in heads)], cells)
+    note = '<p class="soft">The same prompts and noise on the desktop. Measured, not gated.</p>'
+    return f'<h2>Beside the desktop pipeline</h2><div class="card">{shown}{note}</div>'
 
 
 def _steps(report: Report) -> str:

@@ -31,6 +31,7 @@ from mobile_runtime.goldens import golden_cases, prompt_case
 from mobile_runtime.judge import Judged, judge_component, judge_prompts
 from mobile_runtime.latency import WARM_UP, environment
 from mobile_runtime.manifest import ComponentName
+from mobile_runtime.reference import stored
 from mobile_runtime.report import (
     PIPELINE,
     Check,
@@ -290,6 +291,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fail where accuracy or size is worse than stored there",
     )
     parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="DIR",
+        help="show the desktop pipeline beside it: what `reference bench --bundle` has kept there",
+    )
+    parser.add_argument(
         "--save-baseline", type=Path, metavar="FILE", help="store this report's figures there"
     )
     parser.add_argument(
@@ -355,6 +362,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{option} {str(path)!r} is no file; name one")
         if path:
             check_writable(path.absolute().parent, option)
+    if args.reference:
+        stored.read(args.reference, bundle)
     before = baseline.read(args.baseline) if args.baseline else None
     if before:
         baseline.compare(bundle, (), before)  # of another bundle: told before anything runs
@@ -365,6 +374,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(models[0].reason if models else f"{bundle.path} holds nothing to check")
     if before:
         report = with_checks(report, baseline.compare(bundle, report.checks, before))
+    if args.reference:
+        report = stored.beside(report, bundle, args.reference)
     _, html = write_report(report, args.output or bundle.path)
     if args.save_baseline and report.verdict == "pass":
         baseline.write(args.save_baseline, baseline.of(bundle, report.checks))

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from mobile_runtime.errors import UserError
+from mobile_runtime.parity import SSIM_WINDOW
 from mobile_runtime.pictures import write_png
 from recipes import drawn, quality, schema
 from recipes.features import Clip, Features
@@ -200,8 +201,8 @@ def _against(made: Drawn, reference: Drawn | None) -> dict[str, Figure]:
     if reference is None:
         return dict.fromkeys(names, not_run(REFERENCE))
     found = {"psnr_db": _decibels(quality.psnr_db(reference.pictures, made.pictures))}
-    if min(made.pictures.shape[1:3]) < quality.SSIM_WINDOW:
-        found["ssim"] = not_run(f"the pictures are smaller than {quality.SSIM_WINDOW} pixels")
+    if min(made.pictures.shape[1:3]) < SSIM_WINDOW:
+        found["ssim"] = not_run(f"the pictures are smaller than {SSIM_WINDOW} pixels")
     else:
         found["ssim"] = {"value": quality.ssim(reference.pictures, made.pictures)}
     found["latent_snr_db"] = _decibels(snr_db(reference.latents, made.latents))

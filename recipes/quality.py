@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
-from mobile_runtime.parity import picture_psnr_db
+from mobile_runtime.parity import picture_psnr_db, picture_ssim
 
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-_LUMA = np.array([0.299, 0.587, 0.114])
 _ROWS = 1024
 
 
@@ -28,33 +24,11 @@ def psnr_db(reference: np.ndarray, pictures: np.ndarray) -> float:
 
 
 def ssim(reference: np.ndarray, pictures: np.ndarray) -> float:
-    """Mean structural similarity (Wang et al. 2004) of pictures (N, H, W, 3) uint8; equal ones: 1.
-
-    Of the luma (BT.601), at full size, with the paper's Gaussian window of 11 pixels and its
-    constants; windows that would leave the picture are left out.
-    Raises ValueError where the sizes differ or are below the window's.
-    """
-    if reference.shape != pictures.shape or min(pictures.shape[1:3]) < SSIM_WINDOW:
+    """Mean structural similarity (parity.py) of pictures (N, H, W, 3) uint8; equal ones: 1."""
+    if reference.shape != pictures.shape:
         raise ValueError(f"no SSIM of pictures {reference.shape} and {pictures.shape}")
-    found = [_ssim(a @ _LUMA, b @ _LUMA) for a, b in zip(reference, pictures, strict=True)]
+    found = [picture_ssim(a, b) for a, b in zip(reference, pictures, strict=True)]
     return math.fsum(found) / len(found)
-
-
-def _ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two pictures (H, W) in 0..255."""
-    axis = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
-    window = torch.exp(-(axis**2) / (2 * SSIM_SIGMA**2))
-    window /= window.sum()
-    x, y = torch.from_numpy(a), torch.from_numpy(b)
-    # Five local means at once: of x, y, x^2, y^2, xy.
-    maps = torch.stack([x, y, x * x, y * y, x * y])[:, None]
-    maps = F.conv2d(F.conv2d(maps, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
-    mean_x, mean_y, square_x, square_y, product = maps[:, 0]
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    covariance = product - mean_x * mean_y
-    variances = square_x - mean_x**2 + square_y - mean_y**2
-    similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    return float((similar / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))).mean())
 
 
 def clip_score(pictures: np.ndarray, texts: np.ndarray) -> float:

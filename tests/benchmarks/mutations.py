@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.mutations
     python -m tests.benchmarks.mutations --seeds 10
+    python -m tests.benchmarks.mutations --device local      # as --device judges it
 
 Prints a table of the damages (what was named as the first layer to diverge, and whether anything
 but the values inside told), and what undamaged bundles of pipelines with other weights got. The
@@ -15,6 +16,8 @@ import contextlib
 import io
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,11 +26,14 @@ from converters import cli
 from mobile_runtime import taps
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.manifest import Target
+from mobile_runtime.on_devices import Asked, validate_on
 from mobile_runtime.report import Check, Report
 from tests.benchmarks.machine import describe
 from tests.converters.small import make_small_pipeline
 from tests.damages import Damage, damaged
 from tests.test_mutations import DAMAGES, PACKAGE_DAMAGES, RECIPE, checked
+
+Checked = Callable[[Path], Report]
 
 
 def main() -> int:
@@ -36,13 +42,20 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=50, metavar="N", help="undamaged bundles")
+    parser.add_argument("--device", metavar="NAME", help="run the bundles there (see devices)")
     args = parser.parse_args()
+    judge = checked if args.device is None else partial(_checked_on, args.device)
     print(describe())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        missed = _damages(folder)
-        rejected = _undamaged(folder, args.seeds)
+        missed = _damages(folder, judge)
+        rejected = _undamaged(folder, args.seeds, judge)
     return int(bool(missed or rejected))
+
+
+def _checked_on(device: str, folder: Path) -> Report:
+    """The report of a device."""
+    return validate_on(Bundle.open(folder), [device], Asked(repeats=0))
 
 
 def _converted(folder: Path, target: Target, recipe: str) -> Path:
@@ -72,7 +85,7 @@ def _fits(damage: Damage, bundle: Bundle) -> bool:
     return known is not None and damage.layer in {tap.layer for tap in known.taps}
 
 
-def _damages(folder: Path) -> int:
+def _damages(folder: Path, judge: Checked) -> int:
     """Damage bundles in every way; returns how many were missed or misplaced."""
     missed = 0
     print("\n| bundle | damage | verdict | first layer that diverges | told by |")
@@ -87,7 +100,7 @@ def _damages(folder: Path) -> int:
         bundle = _converted(folder / name, target, recipe)
         fitting = [damage for damage in damages if _fits(damage, Bundle.open(bundle))]
         for k, damage in enumerate(tqdm(fitting, desc=name, leave=False)):
-            report = checked(damaged(bundle, damage, folder / f"{name}-{k}"))
+            report = judge(damaged(bundle, damage, folder / f"{name}-{k}"))
             named, others = _told(report)
             right = report.verdict == "fail" and named == damage.layer
             missed += not right
@@ -107,13 +120,13 @@ def _told(report: Report) -> tuple[str | None, list[Check]]:
     return layer, [check for check in failed if check.kind != "inside"]
 
 
-def _undamaged(folder: Path, seeds: int) -> int:
+def _undamaged(folder: Path, seeds: int, judge: Checked) -> int:
     """Convert pipelines of many weights; returns how many were rejected."""
     figures: dict[str, list[float]] = {}
     rejected = 0
     for seed in tqdm(range(1, seeds + 1), desc="undamaged", leave=False):
         place = folder / f"seed-{seed}"
-        report = checked(_converted(place, "onnx", _small(place, seed)))
+        report = judge(_converted(place, "onnx", _small(place, seed)))
         if report.verdict != "pass":
             rejected += 1
             tqdm.write(f"seed {seed}: {report.summary}")

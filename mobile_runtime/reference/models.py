@@ -1,0 +1,206 @@
+"""A pipeline's three models as functions on a device, with the switches of `Settings` on."""
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mobile_runtime.backends import quiet_libraries
+from mobile_runtime.cache import cache_root
+from mobile_runtime.errors import UserError
+from mobile_runtime.reference.deep_cache import DeepCache
+from mobile_runtime.reference.merged_tokens import merge_tokens
+from mobile_runtime.reference.parts import Parts
+from mobile_runtime.reference.switches import Machine, Settings
+
+INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@dataclass(frozen=True)
+class Models:
+    """Functions of tensors on the device, in the settings' precision.
+
+    encode: ids (N, L) to states (N, L, D). denoise: x (N, C, h, w), timestep (1,), states to the
+    output. decode: latents over the scaling factor to pictures (N, 3, H, W). encode_picture: the
+    other way, the mean; None where the VAE has no encoder. full, shallow: of DeepCache, where on.
+    modules: what holds the weights.
+    """
+
+    encode: Callable[[Any], Any]
+    denoise: Callable[[Any, Any, Any], Any]
+    decode: Callable[[Any], Any]
+    encode_picture: Callable[[Any], Any] | None
+    scaling_factor: float
+    full: Callable[..., Any] | None
+    shallow: Callable[..., Any] | None
+    modules: dict[str, Any]
+
+
+def prepare(parts: Parts, settings: Settings, machine: Machine) -> Models:
+    """Copy the parts to the device and switch on what the settings say; the parts stay alone.
+
+    Raises UserError for a switch that these modules do not have.
+    """
+    import torch
+
+    vae = parts.vae if settings.tiny_decoder is None else parts.open_tiny(settings.tiny_decoder)
+    with quiet_libraries():
+        modules = {
+            name: copy.deepcopy(module)
+            for name, module in (
+                ("text_encoder", parts.text_encoder),
+                ("unet", parts.unet),
+                ("vae", vae),
+            )
+        }
+        unet = modules["unet"]
+        if settings.fused_qkv:
+            unet.fuse_qkv_projections()
+            _drop_unfused(unet)
+        if settings.attention == "xformers":
+            unet.enable_xformers_memory_efficient_attention()
+        if settings.merged_tokens:
+            size = parts.generation.latent_height, parts.generation.latent_width
+            if min(size) < 2 or not merge_tokens(unet, size, settings.merged_tokens):
+                raise UserError(
+                    f"the UNet of {parts.name} has no self-attention at the latents' own size; "
+                    "leave out the switch merged_tokens"
+                )
+        if settings.deep_cache > 1 and (told := DeepCache.missing(unet)):
+            raise UserError(f"{told}; leave out the switch deep_cache")
+        dtype = getattr(torch, settings.precision)
+        for module in modules.values():
+            module.to(machine.device, dtype)
+        if settings.float_norms and settings.precision != "float32":
+            for module in modules.values():
+                _float_norms(module)
+        if settings.channels_last:
+            for name in ("unet", "vae"):
+                modules[name].to(memory_format=torch.channels_last)
+        if settings.int8:
+            _quantize(modules["unet"])
+    return _as_functions(modules, settings, machine)
+
+
+def _drop_unfused(unet: Any) -> None:
+    """diffusers keeps the separate projections beside the fused one: they are never read again."""
+    for module in unet.modules():
+        if getattr(module, "fused_projections", False):
+            unused = ("to_k", "to_v") if hasattr(module, "to_kv") else ("to_q", "to_k", "to_v")
+            for name in unused:
+                setattr(module, name, None)
+
+
+def _float_norms(module: Any) -> None:
+    """Give each norm its weights in float32, and its input in float32."""
+    import torch
+    from torch import nn
+
+    for norm in module.modules():
+        if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
+            norm.float()
+            inner = norm.forward
+
+            def forward(x: Any, inner: Callable[..., Any] = inner) -> Any:
+                return inner(x.to(torch.float32)).to(x.dtype)
+
+            setattr(norm, "forward", forward)  # noqa: B010  # of this one, not of its class
+
+
+def _quantize(unet: Any) -> None:
+    """Linear layers to INT8 weights with dynamic INT8 activations, by torchao."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(unet, Int8DynamicActivationInt8WeightConfig())
+
+
+def _as_functions(modules: dict[str, Any], settings: Settings, machine: Machine) -> Models:
+    text_encoder, unet, vae = modules["text_encoder"], modules["unet"], modules["vae"]
+
+    def encode(ids: Any) -> Any:
+        return text_encoder(ids, return_dict=False)[0]
+
+    def denoise(x: Any, timestep: Any, states: Any) -> Any:
+        return unet(x, timestep, states, return_dict=False)[0]
+
+    def decode(latents: Any) -> Any:
+        return vae.decode(latents, return_dict=False)[0]
+
+    def encode_picture(picture: Any) -> Any:
+        return vae.encode(picture).latent_dist.mode()
+
+    wrap = _compiler(settings, machine)
+    cached = DeepCache(unet) if settings.deep_cache > 1 else None
+    return Models(
+        encode=wrap(encode),
+        denoise=wrap(denoise),
+        decode=wrap(decode),
+        encode_picture=encode_picture if hasattr(vae, "quant_conv") else None,
+        scaling_factor=vae.config.scaling_factor,
+        full=wrap(cached.full) if cached else None,
+        shallow=wrap(cached.shallow) if cached else None,
+        modules=modules,
+    )
+
+
+def _compiler(settings: Settings, machine: Machine) -> Callable[[Any], Any]:
+    """What makes a function quicker: nothing, torch.compile, or Torch-TensorRT."""
+    if not (settings.compile or settings.tensorrt):
+        return lambda function: function
+    # Kernels that were compiled once are found again by the next process.
+    os.environ.setdefault(INDUCTOR_CACHE, str(cache_root() / "inductor"))
+    import torch
+
+    if settings.tensorrt:
+        import torch_tensorrt  # noqa: F401
+
+        return lambda function: torch.compile(function, backend="tensorrt", dynamic=False)
+    mode = "max-autotune" if machine.cuda else "default"
+
+    def compiled(function: Any) -> Any:
+        # fullgraph: a part that falls back to Python would hide as mere slowness.
+        inner = torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
+
+        def call(*tensors: Any) -> Any:
+            # With CUDA graphs the outputs lie in memory that the next call writes again.
+            torch.compiler.cudagraph_mark_step_begin()
+            made = inner(*tensors)
+            if not machine.cuda:
+                return made
+            return tuple(t.clone() for t in made) if isinstance(made, tuple) else made.clone()
+
+        return call
+
+    return compiled
+
+
+@contextlib.contextmanager
+def arithmetic(settings: Settings, machine: Machine) -> Iterator[None]:
+    """PyTorch's global choices while the models run, set back afterwards.
+
+    Exact: deterministic kernels, no TF32, attention written out. CUDA's cuBLAS needs its workspace
+    fixed before its first use in the process to be deterministic.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        cudnn.benchmark,
+        cudnn.allow_tf32,
+        matmul.allow_tf32,
+    )
+    math_only = sdpa_kernel([SDPBackend.MATH]) if settings.attention == "math" else None
+    torch.use_deterministic_algorithms(settings.exact)
+    cudnn.benchmark = not settings.exact
+    cudnn.allow_tf32 = matmul.allow_tf32 = settings.tf32
+    try:
+        with math_only or contextlib.nullcontext(), torch.no_grad():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before[1:]

@@ -1,0 +1,127 @@
+"""The rows of the ablation: which settings, how many steps, how many pictures at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mobile_runtime.errors import UserError
+from mobile_runtime.reference.deep_cache import DeepCache
+from mobile_runtime.reference.parts import Parts
+from mobile_runtime.reference.switches import (
+    SWITCHES,
+    Machine,
+    fast_names,
+    missing,
+    named,
+)
+
+Kind = Literal["yardstick", "cumulative", "alone", "steps", "batch"]
+STEPS_LADDER: tuple[tuple[str, int], ...] = (
+    ("ddpm", 1000),
+    ("ddim", 50),
+    ("dpm_solver_pp_2m", 20),
+    ("source", 4),
+    ("source", 2),
+    ("source", 1),
+)
+BATCHES = (4, 16)
+MANY_STEPS = 4
+"""Fewer, and DeepCache has nothing to reuse."""
+DIFFUSERS = "diffusers"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. switches: on together. own: diffusers' pipeline, not ours."""
+
+    kind: Kind
+    name: str
+    switches: tuple[str, ...] = ()
+    scheduler: str | None = None
+    steps: int | None = None
+    batch: int = 1
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows that this machine can run, and what was left out, with the reason."""
+
+    rows: tuple[Row, ...]
+    left_out: dict[str, str]
+
+
+def usable(
+    names: Sequence[str], parts: Parts, machine: Machine, steps: int, tiny_decoder: str | None
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Those of the switches that this machine and pipeline take, and why not the others."""
+    told = missing(names, machine)
+    if "tiny_decoder" in names and tiny_decoder is None:
+        told["tiny_decoder"] = "no decoder is named; give --tiny-decoder FOLDER, ID or random"
+    if "deep_cache" in names:
+        if why := DeepCache.missing(parts.unet):
+            told["deep_cache"] = why
+        elif steps < MANY_STEPS:
+            told["deep_cache"] = f"{steps} steps have nothing to reuse; it needs {MANY_STEPS}"
+    if {"xformers", "compile"} <= set(names) and "xformers" not in told:
+        told["xformers"] = "it would replace the attention that the switch compile works on"
+    return tuple(name for name in names if name not in told), told
+
+
+def plan(
+    parts: Parts,
+    machine: Machine,
+    *,
+    steps: int,
+    tiny_decoder: str | None = None,
+    only: Sequence[str] = (),
+) -> Plan:
+    """All rows, or those of the kinds or names in `only`.
+
+    Cumulative: the switches that keep the picture, one more each; then those that change it. Alone:
+    each switch by itself. Steps: from DDPM's 1000 to one, with all that keeps the picture on.
+    """
+    names, told = usable(list(SWITCHES), parts, machine, steps, tiny_decoder)
+    fast = fast_names(machine)
+    rows = [Row("yardstick", "exact")]
+    rows.append(Row("yardstick", "diffusers float32", own=True))
+    rows.append(Row("yardstick", "diffusers half", ("half",), own=True))
+    if "compile" in names:
+        rows.append(Row("yardstick", "diffusers half, compiled", ("half", "compile"), own=True))
+    stacked: tuple[str, ...] = ()
+    for name in [n for n in names if n in fast]:
+        stacked = (*stacked, name)
+        rows.append(Row("cumulative", f"+ {name}", stacked))
+    for name in ("tiny_decoder", "int8", "deep_cache"):
+        if name in names:
+            stacked = (*stacked, name)
+            rows.append(Row("cumulative", f"+ {name}", stacked))
+    for name in names:
+        also = ("half",) if name == "float_norms" else ()
+        rows.append(Row("alone", name, (*also, name)))
+    rows += [
+        Row("batch", f"{what}, {batch} at a time", switches, batch=batch)
+        for what, switches in (("exact", ()), ("fast", fast))
+        for batch in BATCHES
+    ]
+    if "tiny_decoder" in names:
+        small = (*fast, "tiny_decoder")
+        rows += [
+            Row("batch", f"fast, tiny decoder, {b} at a time", small, batch=b) for b in BATCHES
+        ]
+    for scheduler, count in STEPS_LADDER:
+        kept = None if scheduler == "source" else scheduler
+        rows.append(Row("steps", f"{scheduler} {count}", fast, scheduler=kept, steps=count))
+    if only:
+        known = {row.name for row in rows} | {row.kind for row in rows}
+        if unknown := [name for name in only if name not in known]:
+            kinds = ", ".join(dict.fromkeys(row.kind for row in rows))
+            raise UserError(
+                f"there is no row {unknown[0]!r}; choose kinds ({kinds}) or names, as in "
+                f"{rows[-1].name!r}"
+            )
+        rows = [row for row in rows if row.kind in only or row.name in only]
+    for row in rows:
+        for name in row.switches:
+            named(name)
+    return Plan(tuple(rows), told)

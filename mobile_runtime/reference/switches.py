@@ -1,0 +1,265 @@
+"""The optimizations of the desktop pipeline: each on its own, and what each needs.
+
+A switch that a machine lacks is told in one line and left out; it never fails a run.
+"""
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from mobile_runtime.errors import choices
+
+Precision = Literal["float32", "float16", "bfloat16"]
+Attention = Literal["math", "auto", "xformers"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the pipeline computes. The defaults are `exact`: float32, deterministic, no switch on.
+
+    attention: `math` writes the scores out; `auto` lets PyTorch choose (flash, memory-efficient).
+    float_norms: group and layer norms in float32 inside a half-precision model. deep_cache: the
+    UNet's deep features are computed anew every so many steps. merged_tokens: the share of the
+    tokens that self-attention at the highest resolution leaves out.
+    """
+
+    precision: Precision = "float32"
+    float_norms: bool = False
+    tf32: bool = False
+    channels_last: bool = False
+    fused_qkv: bool = False
+    attention: Attention = "math"
+    compile: bool = False
+    tensorrt: bool = False
+    int8: bool = False
+    tiny_decoder: str | None = None
+    deep_cache: int = 1
+    merged_tokens: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is on: the yardstick itself."""
+        return self == EXACT
+
+
+EXACT = Settings()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device of PyTorch, and what it can do."""
+
+    device: str
+    name: str
+    capability: tuple[int, int] | None = None
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it is an NVIDIA (or ROCm) GPU."""
+        return self.device.startswith("cuda")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One optimization. missing: why this machine cannot take it, with what to do; None: it can.
+
+    asked: it changes the picture, so it is on only when it is named. alone: settings that it needs
+    to mean anything.
+    """
+
+    about: str
+    apply: Callable[[Settings, Machine], Settings]
+    missing: Callable[[Machine], str | None] = lambda machine: None
+    asked: bool = False
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _needs_cuda(machine: Machine) -> str | None:
+    return None if machine.cuda else "needs a CUDA device; there is none here"
+
+
+def _half(settings: Settings, machine: Machine) -> Settings:
+    return replace(settings, precision="float16" if machine.cuda else "bfloat16")
+
+
+def _no_bfloat16(machine: Machine) -> str | None:
+    if not machine.cuda or (machine.capability or (0, 0)) >= (8, 0):
+        return None
+    return f"{machine.name} has no bfloat16; take half, which is float16 there"
+
+
+def _no_compiler(machine: Machine) -> str | None:
+    if machine.cuda:
+        if not _installed("triton"):
+            return "needs Triton, which is not installed; install it with: pip install triton"
+        if (machine.capability or (0, 0)) < (7, 0):
+            return f"Triton needs compute capability 7.0, and {machine.name} has less"
+        return None
+    if not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        return "needs a C++ compiler (g++ or clang++) on the path; install one"
+    return None
+
+
+def _no_tensorrt(machine: Machine) -> str | None:
+    if told := _needs_cuda(machine):
+        return told
+    if _installed("torch_tensorrt"):
+        return None
+    return "Torch-TensorRT is not installed; install it with: pip install torch-tensorrt"
+
+
+def _no_xformers(machine: Machine) -> str | None:
+    if told := _needs_cuda(machine):
+        return told
+    if _installed("xformers"):
+        return None
+    return "xFormers is not installed; install it with: pip install xformers"
+
+
+def _no_torchao(machine: Machine) -> str | None:
+    if _installed("torchao"):
+        return None
+    return "torchao is not installed; install it with: pip install torchao"
+
+
+DEEP_CACHE_INTERVAL = 3
+MERGED_TOKENS = 0.5
+
+SWITCHES: dict[str, Switch] = {
+    "tf32": Switch(
+        "float32 products on tensor cores, with 10 bits of mantissa",
+        lambda s, m: replace(s, tf32=True),
+        _needs_cuda,
+    ),
+    "half": Switch(
+        "float16 on a GPU, bfloat16 on a CPU",
+        _half,
+    ),
+    "bfloat16": Switch(
+        "bfloat16, also on a GPU",
+        lambda s, m: replace(s, precision="bfloat16"),
+        _no_bfloat16,
+        asked=True,
+    ),
+    "float_norms": Switch(
+        "norms in float32 inside a half-precision model",
+        lambda s, m: replace(s, float_norms=True),
+        asked=True,
+    ),
+    "channels_last": Switch(
+        "convolutions on NHWC memory",
+        lambda s, m: replace(s, channels_last=True),
+    ),
+    "fused_qkv": Switch(
+        "one product for the query, key and value of an attention",
+        lambda s, m: replace(s, fused_qkv=True),
+    ),
+    "attention": Switch(
+        "scaled-dot-product attention: flash or memory-efficient, whichever fits",
+        lambda s, m: replace(s, attention="auto"),
+    ),
+    "xformers": Switch(
+        "xFormers' attention in its place",
+        lambda s, m: replace(s, attention="xformers"),
+        _no_xformers,
+        asked=True,
+    ),
+    "compile": Switch(
+        "torch.compile: max-autotune with CUDA graphs on a GPU, C++ kernels on a CPU",
+        lambda s, m: replace(s, compile=True),
+        _no_compiler,
+    ),
+    "tensorrt": Switch(
+        "TensorRT through Torch-TensorRT in its place",
+        lambda s, m: replace(s, tensorrt=True, compile=False),
+        _no_tensorrt,
+        asked=True,
+    ),
+    "int8": Switch(
+        "linear layers in INT8 by torchao (dynamic activations)",
+        lambda s, m: replace(s, int8=True),
+        _no_torchao,
+        asked=True,
+    ),
+    "tiny_decoder": Switch(
+        "an AutoencoderTiny (TAESD) as the decoder: name it with --tiny-decoder",
+        lambda s, m: s,  # which one is the caller's to say
+        asked=True,
+    ),
+    "deep_cache": Switch(
+        f"DeepCache: deep features anew every {DEEP_CACHE_INTERVAL} steps (arXiv:2312.00858)",
+        lambda s, m: replace(s, deep_cache=DEEP_CACHE_INTERVAL),
+        asked=True,
+    ),
+    "merged_tokens": Switch(
+        f"token merging of {100 * MERGED_TOKENS:g} % in the largest self-attentions "
+        "(arXiv:2303.17604)",
+        lambda s, m: replace(s, merged_tokens=MERGED_TOKENS),
+        asked=True,
+    ),
+}
+
+
+def machine_of(device: str | None = None) -> Machine:
+    """The machine behind a PyTorch device's name; None takes the first GPU, else the CPU."""
+    import torch
+
+    from mobile_runtime.latency import environment
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise choices("device", device, ["cpu", "cuda", "cuda:1"])
+    if kind == "cuda":
+        from mobile_runtime.errors import UserError
+
+        place = torch.device(device).index or 0
+        if place >= torch.cuda.device_count():
+            raise UserError(
+                f"the device {device} is not here ({torch.cuda.device_count()} CUDA devices); "
+                "leave out --device to take what there is"
+            )
+        name = torch.cuda.get_device_name(place)
+        return Machine(device, name, torch.cuda.get_device_capability(place))
+    return Machine("cpu", environment().cpu)
+
+
+def missing(names: Iterable[str], machine: Machine) -> dict[str, str]:
+    """Those of the switches that the machine cannot take, and why."""
+    told = {name: named(name).missing(machine) for name in names}
+    return {name: why for name, why in told.items() if why is not None}
+
+
+def named(name: str) -> Switch:
+    """A switch by its name; UserError with the choices for an unknown one."""
+    if name not in SWITCHES:
+        raise choices("switch", name, list(SWITCHES))
+    return SWITCHES[name]
+
+
+def fast_names(machine: Machine) -> tuple[str, ...]:
+    """The switches that keep the picture, and that this machine can take."""
+    return tuple(
+        name
+        for name, switch in SWITCHES.items()
+        if not switch.asked and switch.missing(machine) is None
+    )
+
+
+def settings_of(
+    names: Sequence[str], machine: Machine, tiny_decoder: str | None = None
+) -> Settings:
+    """Settings with these switches on, each of which the machine can take."""
+    settings: Any = EXACT
+    for name in SWITCHES:  # in the table's order, whatever the caller's
+        if name in names:
+            settings = SWITCHES[name].apply(settings, machine)
+    if "tiny_decoder" in names:
+        settings = replace(settings, tiny_decoder=tiny_decoder)
+    return settings
