@@ -1,0 +1,93 @@
+"""The desktop pipeline with each switch: every table of BENCHMARKS.md about it, in one command.
+
+    python -m tests.benchmarks.reference --output reference            # on a GPU, all of it
+    python -m tests.benchmarks.reference --output reference --cpu      # what a CPU has
+
+Each table lies in a folder of its own, with a page; a table that is there already is left, so that
+a killed run goes on with the next one. On a GPU the aims are told at the end, as ratios of rows of
+one table. Downloads nothing: the real sizes have seeded weights.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mobile_runtime.__main__ import main as run
+
+TURBO = ["--recipe", "sd_turbo_int8", "--model", "random:sd_turbo"]
+SD21 = ["--recipe", "sd21_int8", "--model", "random:sd21"]
+SMALL = [
+    *("exact", "diffusers float32", "diffusers half", "half", "channels_last", "fused_qkv"),
+    *("attention", "tiny_decoder", "int8"),
+]
+TABLES: dict[str, dict[str, list[str]]] = {
+    "cuda": {
+        "embedded": ["--judged", "512"],
+        "sd_turbo": [*TURBO, "--tiny-decoder", "random"],
+        "sd21-50": [*SD21, "--steps", "50", "--set", "schedule.scheduler=ddim"],
+        "sd21-20": [*SD21, "--steps", "20", "--set", "schedule.scheduler=dpm_solver_pp_2m"],
+        "sd21-4": [*SD21, "--steps", "4", "--tiny-decoder", "random"],
+    },
+    "cpu": {
+        "embedded": ["--judged", "256"],
+        "sd_turbo-256": [
+            *TURBO,
+            *("--resolution", "256", "--tiny-decoder", "random", "--compared", "1"),
+            *("--rounds", "2"),
+            *(word for name in SMALL for word in ("--rows", name)),
+        ],
+    },
+}
+# Of the table of SD-Turbo: what, of which row, over which row, and how much at least.
+AIMS = (
+    ("times as fast as diffusers half", "+ compile", "diffusers half", 4.0),
+    ("times as fast as diffusers compiled", "+ compile", "diffusers half, compiled", 1.3),
+)
+PICTURES_A_SECOND = 150.0
+FAST_DB = 40.0
+
+
+def main() -> int:
+    """Make the tables that are missing; 1 where an aim is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--cpu", action="store_true", help="on the CPU, also where a GPU is")
+    parser.add_argument("--only", action="append", default=[], metavar="TABLE")
+    args = parser.parse_args()
+    device = "cpu" if args.cpu else "cuda"
+    for name, options in TABLES[device].items():
+        folder = args.output / name
+        if (folder / "done").exists() or (args.only and name not in args.only):
+            continue
+        argv = ["reference", "bench", "--ablation", "--device", device, *options]
+        print(f"python -m mobile_runtime {' '.join(argv)} -o {folder}", flush=True)
+        if code := run([*argv, "-o", str(folder)]):
+            return code
+        (folder / "done").touch()
+    return _aims(args.output / "sd_turbo") if device == "cuda" else 0
+
+
+def _aims(folder: Path) -> int:
+    """Print each aim beside what was measured; 1 where one is missed."""
+    rows: dict[str, dict[str, Any]] = {
+        row["name"]: row for row in json.loads((folder / "ablation.json").read_text())["rows"]
+    }
+    found = []
+    for what, fast, slow, least in AIMS:
+        ratio = rows[fast]["times"] / rows[slow]["times"]
+        found.append((f"{ratio:.2f} {what}", ratio, least))
+    most = max(r["pictures_per_second"] or 0 for r in rows.values() if "tiny" in r["name"])
+    found.append((f"{most:.0f} pictures a second with the tiny decoder", most, PICTURES_A_SECOND))
+    near = rows["+ compile"]["psnr_db"]
+    value = float("inf") if rows["+ compile"]["equal"] else near
+    found.append((f"{value:.1f} dB of fast against exact", value, FAST_DB))
+    for told, value, least in found:
+        print(f"{'met   ' if value >= least else 'MISSED'} {told} (aim {least:g})")
+    return int(any(value < least for _, value, least in found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
