@@ -5,7 +5,10 @@ pydantic, safetensors, and the runtime that the job names.
 """
 
 import argparse
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,8 @@ from mobile_runtime.runs import (
     run_component,
     run_prompt,
 )
+
+PARENT_POLL_S = 1.0
 
 
 def run_job(
@@ -172,6 +177,13 @@ def _quiet(text: str) -> None:
     """The tasks are told."""
 
 
+def _end_without(parent: int) -> None:
+    """End this process with its parent: nobody would wait for what it writes."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    os._exit(1)
+
+
 def main(argv: list[str]) -> int:
     """Run a job; 0 if every task was done, else 1."""
     parser = argparse.ArgumentParser(
@@ -188,7 +200,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--emulated", action="store_true", help="tell that this machine's times say nothing"
     )
+    parser.add_argument(
+        "--parent", type=int, metavar="PID", help="end as soon as this is not the parent any more"
+    )
     args = parser.parse_args(argv)
+    if args.parent is not None:
+        threading.Thread(target=_end_without, args=(args.parent,), daemon=True).start()
     bundle = Bundle.open(args.bundle)
     worst = 0
 

@@ -54,7 +54,8 @@ class ProcessDevice:
         path = os.pathsep.join(part for part in (str(code), beside) if part)
         command = [*self.python, "-m", "mobile_runtime.job_runner"]
         command += [str(work.job.absolute()), str(work.bundle.path.absolute())]
-        command += ["--output", str(work.result.absolute()), "--only", *tasks]
+        command += ["--output", str(work.result.absolute()), "--parent", str(os.getpid())]
+        command += ["--only", *tasks]
         command += ["--emulated"] if self.emulated else []
         with tempfile.TemporaryFile("w+") as log:
             process = subprocess.Popen(

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -488,3 +490,28 @@ def test_a_job_runs_with_the_options_that_it_names(bundle: Bundle) -> None:
     report = validate_on(bundle, ["local"], asked)
     assert report.verdict == "not_run"
     assert "unknown execution provider" in outputs(report)["unet"][1]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+def test_a_run_ends_with_what_started_it(bundle: Bundle, tmp_path: Path) -> None:
+    validate_on(bundle, [f"folder:{tmp_path / 'phone'}"], Asked(repeats=10**9))
+    script = (
+        "import os, subprocess, sys, time\n"
+        "runner = [sys.executable, '-m', 'mobile_runtime.job_runner', *sys.argv[1:]]\n"
+        "made = subprocess.Popen([*runner, '--parent', str(os.getpid())])\n"
+        "print(made.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    folder = tmp_path / "phone"
+    words = [folder / "job", bundle.path, "--output", folder / "result"]
+    command = [sys.executable, "-c", script, *map(str, words)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{child}").exists()
