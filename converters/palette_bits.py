@@ -8,6 +8,7 @@ do with each other; what all palettes together leave is measured, too.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from converters.palettes import Palette, palettized
 from recipes import calibrate
+from recipes.journal import digest_of, journal
 from recipes.palette_settings import MixedPalettes
 from recipes.quantize import component_modules
 from recipes.schema import Recipe
@@ -97,19 +99,33 @@ def reference_of(
 def noises(
     layers: Mapping[str, Any], options: Mapping[str, Options], reference: Reference
 ) -> dict[str, dict[int | None, float]]:
-    """The noise of each layer alone with each of its palettes, in the output's power."""
+    """The noise of each layer alone with each of its palettes, in the output's power.
+
+    What was measured stays when the run is killed (journal.py).
+    """
     found: dict[str, dict[int | None, float]] = {}
     bar = tqdm(layers.items(), desc="palettes alone", unit="layer", delay=2, leave=False)
-    for path, layer in bar:
-        found[path] = {None: 0.0}
-        weight = layer.weight
-        for choice in options[path].choices:
-            if choice.bits is not None:
-                palettize(layer, choice.bits, options[path].tables)
-                snr_db = reference.snr_db(path.split(".")[0])
-                found[path][choice.bits] = 10 ** (-snr_db / 10)
-                layer.weight = weight
+    with journal("palettes", reference.digest()) as figure:
+        for path, layer in bar:
+            found[path] = {None: 0.0}
+            known = digest_of([layer.weight])
+            for choice in options[path].choices:
+                if choice.bits is not None:
+                    tables = options[path].tables
+                    alone = partial(_alone, layer, choice.bits, tables, reference, path)
+                    snr_db = figure(f"{path} {known} {choice.bits} {tables}", alone)
+                    found[path][choice.bits] = 10 ** (-snr_db / 10)
     return found
+
+
+def _alone(layer: Any, bits: int, tables: int, reference: Reference, path: str) -> float:
+    """The SNR in dB of the component's output with this layer's palette alone."""
+    weight = layer.weight
+    palettize(layer, bits, tables)
+    try:
+        return reference.snr_db(path.split(".")[0])
+    finally:
+        layer.weight = weight
 
 
 def decibels(noise: float) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from recipes import drawn, prompts
+from recipes.journal import digest_of, journal
 from recipes.measure import latent_size, share_structure, with_modules
 from recipes.schedulers import choose_scheduler
 from recipes.schema import Recipe
@@ -68,10 +69,22 @@ def taylor(
     channels, size = unet.config.in_channels, latent_size(pipeline, recipe.height, recipe.width)
     steps, scale = min(schedule.steps, DRAW_STEPS), schedule.guidance_scale
     try:
-        for number, prompt in enumerate(tqdm(said, desc="importance", mininterval=2, leave=False)):
-            generator = torch.Generator().manual_seed(number)
-            noise = torch.randn(1, channels, *size, generator=generator).to(watched.unet.device)
-            drawn.sample(pipeline, watched, [prompt], noise, steps, scale, generator)
+        about = f"{type(scheduler).__name__} {sorted(scheduler.config.items())} {steps} {scale}"
+        inputs = digest_of(unet, pipeline.text_encoder, f"{about} {size}")
+        with journal("importance", inputs) as figure:
+            for number, prompt in enumerate(
+                tqdm(said, desc="importance", mininterval=2, leave=False)
+            ):
+
+                def one(number: int = number, prompt: str = prompt) -> dict[str, Any]:
+                    generator = torch.Generator().manual_seed(number)
+                    noise = torch.randn(1, channels, *size, generator=generator)
+                    noise = noise.to(watched.unet.device)
+                    watched.begin(number)
+                    drawn.sample(pipeline, watched, [prompt], noise, steps, scale, generator)
+                    return watched.told()
+
+                watched.add(figure(f"{number} {prompt}", one))
     finally:
         pipeline.to("cpu")
     return watched.mean()
@@ -87,12 +100,31 @@ class _Watched:
         self.weights = {key: w for key, w in self.unet.named_parameters() if key in keys}
         for weight in self.weights.values():
             weight.requires_grad_(True)
-        self.sums = {
+        self.total = self._nothing()
+        self.all_calls = 0
+        self.begin(0)
+
+    def _nothing(self) -> dict[str, Tensor]:
+        return {
             path: torch.zeros(group.width // group.block, dtype=torch.float64)
             for path, group in self.groups.items()
         }
-        self.calls = 0
-        self.generator = torch.Generator().manual_seed(0)
+
+    def begin(self, number: int) -> None:
+        """Begin with the picture of this number."""
+        self.sums, self.calls = self._nothing(), 0
+        self.generator = torch.Generator().manual_seed(number)
+
+    def told(self) -> dict[str, Any]:
+        """What was noted since, as JSON holds it."""
+        sums = {path: values.tolist() for path, values in self.sums.items()}
+        return {"calls": self.calls, "sums": sums}
+
+    def add(self, told: dict[str, Any]) -> None:
+        """Count a picture's notes."""
+        self.all_calls += told["calls"]
+        for path, values in told["sums"].items():
+            self.total[path] += torch.tensor(values, dtype=torch.float64)
 
     def __call__(self, *inputs: Any) -> SimpleNamespace:
         with torch.enable_grad():
@@ -110,4 +142,4 @@ class _Watched:
 
     def mean(self) -> dict[str, Tensor]:
         """Over all calls."""
-        return {path: total / self.calls for path, total in self.sums.items()}
+        return {path: total / self.all_calls for path, total in self.total.items()}

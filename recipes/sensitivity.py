@@ -9,6 +9,7 @@ float weights.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from mobile_runtime.manifest import LayerPlan
 from recipes.calibrate import Call
+from recipes.journal import digest_of, journal
 from recipes.settings import KeepSettings
 
 Replace = Callable[[str, nn.Module], None]
@@ -43,6 +45,10 @@ class Reference:
     def _outputs(self, name: str) -> list[Tensor]:
         return [_output(self._components[name], call) for call in self._calls[name]]
 
+    def digest(self) -> str:
+        """Of what all components gave."""
+        return digest_of(*(outputs for outputs in self._expected.values()))
+
     def snr_db(self, name: str) -> float:
         """The SNR of a component's output as it is now, at most HIGHEST_DB."""
         expected, outputs = self._expected[name], self._outputs(name)
@@ -65,17 +71,23 @@ def sensitivities(
     """The SNR in dB of the component's output for each layer alone, at most HIGHEST_DB.
 
     components: the modules that run one after the other. layers: by path, the component's name
-    first. calls: of each component. make(path, layer) gives the quantized layer, and
+    first; what was measured stays when the run is killed (journal.py). calls: of each component.
+    make(path, layer) gives the quantized layer, and
     replace(path, module) puts a module in a layer's place; all are put back.
     """
     reference = Reference(components, calls)
     figures = {}
-    for path, layer in tqdm(layers.items(), desc="sensitivity", unit="layer", delay=2, leave=False):
-        replace(path, make(path, layer))
-        try:
-            figures[path] = reference.snr_db(path.split(".")[0])
-        finally:
-            replace(path, layer)
+    bar = tqdm(layers.items(), desc="sensitivity", unit="layer", delay=2, leave=False)
+    with journal("sensitivity", reference.digest()) as figure:
+        for path, layer in bar:
+            made = make(path, layer)
+            replace(path, made)
+            try:
+                key = f"{path} {digest_of(type(made).__name__, made)}"
+                name = path.split(".")[0]
+                figures[path] = figure(key, partial(reference.snr_db, name))
+            finally:
+                replace(path, layer)
     return figures
 
 
