@@ -69,5 +69,5 @@ def digest_of(*parts: str | nn.Module | Iterable[Tensor]) -> str:
         for tensor in tensors:
             digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
             flat = tensor.detach().cpu().contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
