@@ -31,6 +31,8 @@ WARM_UP = 2
 ROUNDS = 10
 BUDGET_S = 60.0
 """A row is not repeated after so long; it has two rounds at least."""
+JUDGE_BUDGET_S = 60.0
+"""A slow row is judged on fewer pictures than asked for; the table tells on how many."""
 COMPARED = 4
 """Pictures that a row's PSNR and SSIM are of."""
 
@@ -225,8 +227,11 @@ class Bench:
 
     def _judge(self, row: Row, found: Measured, draw: Draw) -> None:
         assert self.parts.judge is not None
-        pictures = []
+        pictures: list[np.ndarray] = []
+        began = time.perf_counter()
         for first in range(0, self.judged, row.batch):
+            if pictures and time.perf_counter() - began > JUDGE_BUDGET_S:
+                break
             self.tell(f"judge {first} of {self.judged}")
             pictures.append(draw(*self._inputs(row, found.steps, first)))
         right = self.parts.judge.right(np.concatenate(pictures)[: self.judged])

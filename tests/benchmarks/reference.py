@@ -21,21 +21,29 @@ SMALL = [
     *("exact", "diffusers float32", "diffusers half", "half", "channels_last", "fused_qkv"),
     *("attention", "tiny_decoder", "int8"),
 ]
+
+
+def _rows(*names: str) -> list[str]:
+    return [word for name in names for word in ("--rows", name)]
+
+
 TABLES: dict[str, dict[str, list[str]]] = {
     "cuda": {
-        "embedded": ["--judged", "512"],
+        "embedded": ["--judged", "512", *_rows("yardstick", "cumulative", "alone", "batch")],
+        "embedded-steps": ["--recipe", "pocket_fp32", "--judged", "512", *_rows("steps")],
         "sd_turbo": [*TURBO, "--tiny-decoder", "random"],
         "sd21-50": [*SD21, "--steps", "50", "--set", "schedule.scheduler=ddim"],
         "sd21-20": [*SD21, "--steps", "20", "--set", "schedule.scheduler=dpm_solver_pp_2m"],
         "sd21-4": [*SD21, "--steps", "4", "--tiny-decoder", "random"],
     },
     "cpu": {
-        "embedded": ["--judged", "256"],
+        "embedded": ["--judged", "128", *_rows("yardstick", "cumulative", "alone", "batch")],
+        "embedded-steps": ["--recipe", "pocket_fp32", "--judged", "64", *_rows("steps")],
         "sd_turbo-256": [
             *TURBO,
             *("--resolution", "256", "--tiny-decoder", "random", "--compared", "1"),
             *("--rounds", "2"),
-            *(word for name in SMALL for word in ("--rows", name)),
+            *_rows(*SMALL),
         ],
     },
 }
