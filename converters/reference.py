@@ -41,6 +41,11 @@ def open_asked(arguments: argparse.Namespace) -> Parts:
     return _open(schema.load(arguments.recipe, overrides.from_arguments(arguments)))
 
 
+def open_named(recipe: str, changes: Mapping[str, Any]) -> Parts:
+    """Open a recipe by its name or file, with some of its keys changed."""
+    return _open(schema.load(recipe, dict(changes)))
+
+
 def open_recipe(recipe: Mapping[str, Any]) -> Parts:
     """Open a resolved recipe, as a manifest holds it."""
     return _open(schema.parse(dict(recipe)))
@@ -51,11 +56,15 @@ def _open(recipe: Recipe) -> Parts:
     with quiet(*IMPORT_CHATTER):
         from converters.convert import compile_generation, read_tokenizer, write_tokenizer
         from recipes import stages
+        from recipes.schedulers import choose_scheduler
         from recipes.sources import check_resolution, open_source
     source = open_source(recipe.source.model, recipe.source.revision)
     check_resolution(source.pipeline, recipe.height, recipe.width)
     pipeline = stages.apply(source.pipeline, recipe, stages.changing(recipe)).pipeline
     generation, _ = compile_generation(pipeline, recipe)
+    schedule = _schedules(pipeline.scheduler, recipe.schedule.scheduler)
+    with quiet():
+        pipeline.scheduler = choose_scheduler(pipeline.scheduler, recipe.schedule.scheduler)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = read_tokenizer(write_tokenizer(pipeline, Path(folder)), Path(folder))
     return Parts(
@@ -65,7 +74,7 @@ def _open(recipe: Recipe) -> Parts:
         vae=pipeline.vae,
         tokenizer=tokenizer,
         generation=generation,
-        schedule=_schedules(pipeline.scheduler, recipe.schedule.scheduler),
+        schedule=schedule,
         schedulers=_schedulers(),
         prompts=tuple(recipe.golden_prompts),
         open_tiny=lambda model: _open_tiny(model, pipeline),

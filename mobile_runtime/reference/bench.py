@@ -2,8 +2,8 @@
 
 Every row takes turns with `exact` in one run, in an order that changes, so that a machine that gets
 hotter or busier hits both alike; the ratio of their times is what to trust. Each call gets prompts
-and noise that it has not seen, so that nothing is found in a cache. A GPU's times are those of its
-own events, and the whole call's by the clock stands beside them.
+and noise that it has not seen, so that nothing is found in a cache. Times are by the clock, from
+the text to the pixels in main memory; a GPU's events around the same call stand beside them.
 """
 
 import gc
@@ -22,12 +22,12 @@ from mobile_runtime.machine import peak_memory
 from mobile_runtime.noise import Noise
 from mobile_runtime.parity import SSIM_WINDOW, picture_psnr_db, picture_ssim
 from mobile_runtime.reference.parts import Parts
-from mobile_runtime.reference.pipeline import MemoryUsedUpError, ReferencePipeline
+from mobile_runtime.reference.pipeline import MemoryUsedUpError, ReferencePipeline, told_memory
 from mobile_runtime.reference.rows import Row
 from mobile_runtime.reference.switches import EXACT, Machine, Settings, settings_of
 from mobile_runtime.runs import brief
+from mobile_runtime.sampler import needs_fresh_noise
 
-WARM_UP = 2
 ROUNDS = 10
 BUDGET_S = 60.0
 """A row is not repeated after so long; it has two rounds at least."""
@@ -44,9 +44,10 @@ Draw = Callable[[Sequence[str], np.ndarray, np.ndarray | None], np.ndarray]
 class Measured:
     """One row's figures. Seconds are of a picture; the ratio is `exact`'s time over this one's.
 
-    peak_bytes: on a GPU, of its memory, all the row's models included; on a CPU, how much the
-    process grew. floor_s: what the arithmetic and the weights' bytes take at the machine's measured
-    rates. first_s: the first call, with all that is compiled in it. status: `done`, or why not.
+    peak_bytes: of a picture after the warm-up: on a GPU of its memory, the row's models included;
+    on a CPU, how much the process grew. floor_s: what the arithmetic and the weights' bytes take at
+    the machine's measured rates. first_s: the first call, with all that is compiled in it. status:
+    `done`, or why not.
     """
 
     kind: str
@@ -122,21 +123,23 @@ class Bench:
 
     def _measure(self, row: Row, found: Measured) -> None:
         settings = settings_of(row.switches, self.machine, self.tiny_decoder)
-        before = _allocated(self.machine)
-        with _peak(self.machine) as peak:
-            if not row.own:
+        before = allocated(self.machine)
+        with told_memory(settings, self.machine.device):
+            if row.own:
+                draw = _diffusers(self.parts, settings, self.machine, found.steps)
+            else:
                 pipeline = ReferencePipeline(self.parts, settings, self.machine.device)
                 draw = self._drawer(pipeline, row)
-            else:
-                draw = _diffusers(self.parts, settings, self.machine, found.steps)
             self.tell("first call, which may compile")
             began = time.perf_counter()
             draw(*self._inputs(row, found.steps))
             found.first_s = time.perf_counter() - began
-            for _ in range(WARM_UP - 1):
+            draw(*self._inputs(row, found.steps))
+            # After what compiling and choosing kernels took.
+            with peak(self.machine) as most_so_far:
                 draw(*self._inputs(row, found.steps))
-            most = peak()
-            found.peak_bytes = None if most is None or before is None else max(0, most - before)
+                most = most_so_far()
+        found.peak_bytes = None if most is None or before is None else max(0, most - before)
         self._quality(row, found, draw)
         self._times(row, found, draw)
         if self.judged and not row.own:
@@ -167,14 +170,17 @@ class Bench:
         shape = (1, own.latent_channels, own.latent_height, own.latent_width)
         drawn = [Noise(first + k) for k in range(row.batch)]
         noise = np.concatenate([each.draw(shape) for each in drawn])
-        table = self.parts.schedule(steps, row.scheduler)
-        if all(line.d == 0 for line in table.rows):
+        if not self._adds_noise(row, steps):
             return texts, noise, None
+        table = self.parts.schedule(steps, row.scheduler)
         fresh = [
             np.concatenate([each.draw(shape) for each in drawn]) if line.d else np.zeros_like(noise)
             for line in table.rows
         ]
         return texts, noise, np.stack(fresh)
+
+    def _adds_noise(self, row: Row, steps: int) -> bool:
+        return needs_fresh_noise(self.parts.schedule(steps, row.scheduler))
 
     def _quality(self, row: Row, found: Measured, draw: Draw) -> None:
         """Against `exact` with the same schedule: what the switches did, and not the steps."""
@@ -185,6 +191,8 @@ class Bench:
         ]
         b = np.concatenate(made)
         a = np.concatenate([self._exactly(row, found.steps, k) for k in range(len(b))])
+        if row.own and self._adds_noise(row, found.steps):
+            return  # diffusers draws that noise itself
         psnr_db = picture_psnr_db(np.concatenate(a), np.concatenate(b))
         found.equal = math.isinf(psnr_db)
         found.psnr_db = None if found.equal else psnr_db
@@ -255,6 +263,7 @@ def _diffusers(parts: Parts, settings: Settings, machine: Machine, steps: int) -
     def draw(texts: Sequence[str], noise: np.ndarray, fresh: np.ndarray | None) -> np.ndarray:
         made = pipe(
             list(texts),
+            negative_prompt=[parts.generation.negative_prompt] * len(texts),
             num_inference_steps=steps,
             guidance_scale=parts.generation.guidance_scale,
             height=parts.generation.height,
@@ -277,17 +286,18 @@ def _timed(
         return time.perf_counter() - began, None
     import torch
 
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(machine.device)
-    began = time.perf_counter()
-    start.record()
-    draw(*inputs)
-    end.record()
-    torch.cuda.synchronize(machine.device)
-    return time.perf_counter() - began, start.elapsed_time(end) / 1000
+    with torch.cuda.device(machine.device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        start.record()
+        draw(*inputs)
+        end.record()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began, start.elapsed_time(end) / 1000
 
 
-def _allocated(machine: Machine) -> int | None:
+def allocated(machine: Machine) -> int | None:
     """Bytes in use now: on the GPU, or of this process."""
     if machine.cuda:
         import torch
@@ -298,11 +308,11 @@ def _allocated(machine: Machine) -> int | None:
 
 
 @contextmanager
-def _peak(machine: Machine) -> Iterator[Callable[[], int | None]]:
+def peak(machine: Machine) -> Iterator[Callable[[], int | None]]:
     """The most bytes in use within the block, as a function."""
     if not machine.cuda:
-        with peak_memory() as peak:
-            yield peak
+        with peak_memory() as most:
+            yield most
         return
     import torch
 

@@ -18,7 +18,9 @@ from mobile_runtime.pictures import contact_sheet, sheet_scale, write_png
 from mobile_runtime.reference import rows as planning
 from mobile_runtime.reference import stored, tables
 from mobile_runtime.reference.parts import Parts, opener
+from mobile_runtime.reference.pipeline import told_memory
 from mobile_runtime.reference.switches import (
+    EXACT,
     SWITCHES,
     Machine,
     Settings,
@@ -73,7 +75,9 @@ def main(argv: list[str]) -> int:
         opener().add_arguments(command)
         command.set_defaults(run=run)
     args = parser.parse_args(argv)
-    return int(args.run(args))
+    args.command = "python -m mobile_runtime reference " + shlex.join(argv)
+    with told_memory(EXACT, args.device or "this machine"):
+        return int(args.run(args))
 
 
 def _add_switches(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +156,8 @@ def _chosen(
     names, told = planning.usable(
         wanted, parts, machine, parts.generation.default_steps, args.tiny_decoder
     )
+    names, more = planning.without_conflicts(names)
+    told |= more
     for name, why in told.items():
         print(f"left out: {name}: {why}", file=sys.stderr)
     return settings_of(names, machine, args.tiny_decoder), names
@@ -250,7 +256,7 @@ def bench(args: argparse.Namespace) -> int:
         _, names = _chosen(args, machine, parts)
         asked = planning.Row("yardstick", ", ".join(names) or "exact", names)
         plan = planning.Plan((asked,), {})
-    data = _about(parts, machine, plan, steps)
+    data = _about(args.command, parts, machine, plan, steps)
     with tqdm(total=len(plan.rows), disable=None, leave=False, unit="row") as bar:
 
         def tell(text: str) -> None:
@@ -307,13 +313,15 @@ def _bench_bundle(args: argparse.Namespace, machine: Machine) -> int:
     return 0
 
 
-def _about(parts: Parts, machine: Machine, plan: planning.Plan, steps: int) -> dict[str, Any]:
+def _about(
+    command: str, parts: Parts, machine: Machine, plan: planning.Plan, steps: int
+) -> dict[str, Any]:
     """What stands above the table."""
     import torch
 
     from mobile_runtime.reference.floors import rates
 
-    kinds = sorted({settings_of(row.switches, machine).precision for row in plan.rows})
+    kinds = sorted({settings_of(row.switches, machine).arithmetic for row in plan.rows})
     speed = rates(machine, kinds)
     own = parts.generation
     return {
@@ -325,7 +333,7 @@ def _about(parts: Parts, machine: Machine, plan: planning.Plan, steps: int) -> d
         "machine": machine.name,
         "threads": torch.get_num_threads(),
         "libraries": {**environment().libraries, "diffusers": _version("diffusers")},
-        "command": "python -m mobile_runtime " + shlex.join(sys.argv[1:]),
+        "command": command,
         "rates": {"macs": speed.macs, "bytes": speed.bytes},
         "left_out": plan.left_out,
         "rows": [],

@@ -15,7 +15,7 @@ from mobile_runtime.reference.switches import EXACT, Machine, Settings
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured on this machine: multiply-adds a second by precision, and bytes a second."""
+    """Measured on this machine: multiply-adds a second by arithmetic, and bytes a second."""
 
     macs: dict[str, float]
     bytes: float
@@ -26,8 +26,8 @@ COPIED_BYTES = {"cuda": 2**30, "cpu": 2**27}
 RATE_REPEATS = 10
 
 
-def rates(machine: Machine, precisions: Sequence[str]) -> Rates:
-    """The best of several large matrix products in each precision, and of several large copies."""
+def rates(machine: Machine, kinds: Sequence[str]) -> Rates:
+    """The best of several large matrix products in each arithmetic, and of several large copies."""
     import torch
 
     kind = "cuda" if machine.cuda else "cpu"
@@ -47,14 +47,13 @@ def rates(machine: Machine, precisions: Sequence[str]) -> Rates:
         return min(times)
 
     macs = {}
+    for name in kinds:
+        how = Settings(tf32=True) if name == "tf32" else EXACT
+        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
+        with arithmetic(how, machine):
+            a, b = (torch.randn(side, side, device=machine.device).to(dtype) for _ in range(2))
+            macs[name] = side**3 / best(partial(torch.matmul, a, b))
     with arithmetic(EXACT, machine):
-        torch.use_deterministic_algorithms(False)
-        for precision in precisions:
-            a, b = (
-                torch.randn(side, side, device=machine.device).to(getattr(torch, precision))
-                for _ in range(2)
-            )
-            macs[precision] = side**3 / best(partial(torch.matmul, a, b))
         source = torch.empty(COPIED_BYTES[kind], dtype=torch.uint8, device=machine.device)
         goal = torch.empty_like(source)
         moved = 2 * COPIED_BYTES[kind] / best(lambda: goal.copy_(source))
@@ -69,13 +68,15 @@ def floor_s(row: Row, settings: Settings, parts: Parts, steps: int, speed: Rates
     """
     if settings.int8 or settings.deep_cache > 1 or settings.merged_tokens:
         return None
+    if row.own and settings.precision == "float32":
+        return None  # PyTorch's own defaults let a GPU's convolutions use TF32 there
     vae = parts.vae if settings.tiny_decoder is None else parts.open_tiny(settings.tiny_decoder)
     guided = parts.generation.guidance_scale > 1
     width = 4 if settings.precision == "float32" else 2
     total = 0.0
     for macs, parameters, calls in _work(parts, vae, guided):
         times = steps if calls == "step" else 1
-        arithmetic_s = macs / speed.macs[settings.precision]
+        arithmetic_s = macs / speed.macs[settings.arithmetic]
         reading_s = width * parameters / speed.bytes / row.batch
         total += times * max(arithmetic_s, reading_s)
     return total

@@ -20,11 +20,12 @@ def merging(x: Any, size: tuple[int, int], share: float) -> tuple[Callable[..., 
     import torch
 
     batch, count, _ = x.shape
-    grid = torch.arange(count, device=x.device).view(size)
-    partners = grid[::STRIDE, ::STRIDE].reshape(-1)
-    others = torch.ones(count, dtype=torch.bool, device=x.device)
-    others[partners] = False
-    others = torch.arange(count, device=x.device)[others]
+    # By Python: places of a size that a compiler knows.
+    rows_, columns = range(0, size[0], STRIDE), range(0, size[1], STRIDE)
+    kept_places = [row * size[1] + column for row in rows_ for column in columns]
+    left_places = sorted(set(range(count)) - set(kept_places))
+    partners = torch.tensor(kept_places, device=x.device)
+    others = torch.tensor(left_places, device=x.device)
     leave = min(int(share * count), len(others))
     unit = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     alike, partner = (unit[:, others] @ unit[:, partners].transpose(1, 2)).max(dim=-1)

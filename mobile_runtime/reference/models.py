@@ -16,6 +16,7 @@ from mobile_runtime.reference.parts import Parts
 from mobile_runtime.reference.switches import Machine, Settings
 
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+SHAPES = 64
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ def prepare(parts: Parts, settings: Settings, machine: Machine) -> Models:
                 )
         if settings.deep_cache > 1 and (told := DeepCache.missing(unet)):
             raise UserError(f"{told}; leave out the switch deep_cache")
+        if settings.tiny_decoder is not None and hasattr(parts.vae, "quant_conv"):
+            # A tiny decoder's own encoder is nobody's: pictures go in by the pipeline's.
+            modules["vae_encoder"] = copy.deepcopy(parts.vae)
+            modules["vae_encoder"].decoder = None
         dtype = getattr(torch, settings.precision)
         for module in modules.values():
             module.to(machine.device, dtype)
@@ -128,8 +133,10 @@ def _as_functions(modules: dict[str, Any], settings: Settings, machine: Machine)
     def decode(latents: Any) -> Any:
         return vae.decode(latents, return_dict=False)[0]
 
+    encoder = modules.get("vae_encoder", vae)
+
     def encode_picture(picture: Any) -> Any:
-        return vae.encode(picture).latent_dist.mode()
+        return encoder.encode(picture).latent_dist.mode()
 
     wrap = _compiler(settings, machine)
     cached = DeepCache(unet) if settings.deep_cache > 1 else None
@@ -137,7 +144,7 @@ def _as_functions(modules: dict[str, Any], settings: Settings, machine: Machine)
         encode=wrap(encode),
         denoise=wrap(denoise),
         decode=wrap(decode),
-        encode_picture=encode_picture if hasattr(vae, "quant_conv") else None,
+        encode_picture=encode_picture if hasattr(encoder, "quant_conv") else None,
         scaling_factor=vae.config.scaling_factor,
         full=wrap(cached.full) if cached else None,
         shallow=wrap(cached.shallow) if cached else None,
@@ -157,6 +164,9 @@ def _compiler(settings: Settings, machine: Machine) -> Callable[[Any], Any]:
         import torch_tensorrt  # noqa: F401
 
         return lambda function: torch.compile(function, backend="tensorrt", dynamic=False)
+    # Each batch size is a shape of its own, and PyTorch gives up after eight.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, SHAPES)
     mode = "max-autotune" if machine.cuda else "default"
 
     def compiled(function: Any) -> Any:
@@ -188,19 +198,21 @@ def arithmetic(settings: Settings, machine: Machine) -> Iterator[None]:
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    # By the newer names: a process that has used them may not read the older allow_tf32.
     before = (
         torch.are_deterministic_algorithms_enabled(),
         cudnn.benchmark,
-        cudnn.allow_tf32,
-        matmul.allow_tf32,
+        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        matmul.fp32_precision,
     )
     math_only = sdpa_kernel([SDPBackend.MATH]) if settings.attention == "math" else None
     torch.use_deterministic_algorithms(settings.exact)
     cudnn.benchmark = not settings.exact
-    cudnn.allow_tf32 = matmul.allow_tf32 = settings.tf32
+    precision = "tf32" if settings.tf32 else "ieee"
+    cudnn.conv.fp32_precision = matmul.fp32_precision = precision  # type: ignore[attr-defined]
     try:
         with math_only or contextlib.nullcontext(), torch.no_grad():
             yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before[1:]
+        cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision = before[1:]  # type: ignore[attr-defined]

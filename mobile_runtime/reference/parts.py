@@ -35,7 +35,8 @@ class Parts:
     vae: with `decode`, and `encode` where it has an encoder. schedule: the table of a number of
     steps of a scheduler by its short name, None for the pipeline's own; UserError where there is
     none. open_tiny: an AutoencoderTiny by folder or hub id, or `random` (untrained: for speed).
-    diffusers: the whole as diffusers' StableDiffusionPipeline over the same modules.
+    diffusers: the whole as diffusers' StableDiffusionPipeline over the same modules, with the
+    scheduler of `schedule`.
     """
 
     name: str
@@ -60,6 +61,9 @@ class Opener(Protocol):
 
     def open_asked(self, arguments: argparse.Namespace) -> Parts:
         """Open what the command line says."""
+
+    def open_named(self, recipe: str, changes: Mapping[str, Any]) -> Parts:
+        """Open a recipe by its name or file; changes: dotted keys to values."""
 
     def open_recipe(self, recipe: Mapping[str, Any]) -> Parts:
         """Open the source of a resolved recipe (a manifest's), and run its float stages."""

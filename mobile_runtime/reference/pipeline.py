@@ -5,9 +5,11 @@ the noise of `noise.py`. With `EXACT` it is the yardstick; every other setting i
 whose distance to that can be measured.
 """
 
+import math
+import numbers
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +20,17 @@ from mobile_runtime.errors import GateError, PocketError, UserError
 from mobile_runtime.manifest import ScheduleRow, ScheduleTable
 from mobile_runtime.noise import Noise
 from mobile_runtime.reference import models
-from mobile_runtime.reference.parts import Parts
-from mobile_runtime.reference.switches import EXACT, Settings, machine_of
+from mobile_runtime.reference.parts import Parts, opener
+from mobile_runtime.reference.switches import (
+    EXACT,
+    Settings,
+    fast_names,
+    machine_of,
+    settings_of,
+)
 from mobile_runtime.sampler import needs_fresh_noise, sample
 
+TEXTS_TOGETHER = 16
 KEPT_PROMPTS = 256
 """Embeddings of so many texts stay on the device."""
 
@@ -56,17 +65,39 @@ class ReferencePipeline:
         with told_memory(settings, self.machine.device):
             self.models = models.prepare(parts, settings, self.machine)
 
+    @classmethod
+    def open(
+        cls,
+        recipe: str = "pocket_turbo",
+        changes: Mapping[str, Any] | None = None,
+        *,
+        fast: bool = False,
+        device: str | None = None,
+    ) -> "ReferencePipeline":
+        """Open a recipe's source, after its float stages; changes: dotted keys to values.
+
+        fast: with every switch that keeps the picture and that the machine has.
+        """
+        machine = machine_of(device)
+        settings = settings_of(fast_names(machine), machine) if fast else EXACT
+        return cls(opener().open_named(recipe, changes or {}), settings, device)
+
     def encode(self, texts: Sequence[str]) -> Any:
         """The texts' embeddings (N, L, D) on the device; those seen before are not made again."""
         import torch
 
         new = [text for text in dict.fromkeys(texts) if text not in self._prompts]
-        if new:
-            # One by one: a compiled encoder keeps its shape, whatever the batch.
-            for text in new:
-                ids = torch.from_numpy(self.parts.tokenizer.encode(text)).long()
-                with models.arithmetic(self.settings, self.machine):
-                    self._prompts[text] = self.models.encode(ids.to(self.machine.device))
+        # Exact ones by themselves, so that nobody's company turns a bit; else together, in a size
+        # that the batch alone decides, so that no prompt has an encoder compiled anew.
+        most = 1 if self.settings.exact else min(len(texts), TEXTS_TOGETHER)
+        size = 1 << (most - 1).bit_length()
+        for start in range(0, len(new), size):
+            some = new[start : start + size]
+            padded = [*some, *[some[-1]] * (size - len(some))]
+            ids = np.concatenate([self.parts.tokenizer.encode(text) for text in padded])
+            with models.arithmetic(self.settings, self.machine):
+                made = self.models.encode(torch.from_numpy(ids).long().to(self.machine.device))
+            self._prompts.update(zip(some, made.split(1), strict=False))
         found = [self._prompts[text] for text in texts]
         for text in texts:
             self._prompts.move_to_end(text)
@@ -110,15 +141,15 @@ class ReferencePipeline:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             raise UserError("there is no prompt to draw")
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise UserError(f"a guidance scale of {guidance_scale} is no number to guide by")
         table = self._table(steps, scheduler)
         own = self.parts.generation
         scale = own.guidance_scale if guidance_scale is None else guidance_scale
         shape = (len(texts), own.latent_channels, own.latent_height, own.latent_width)
         with told_memory(self.settings, self.machine.device):
             states = self._states(texts, negative_prompt, scale, prompt_embeds)
-            seeds = [seed + k for k in range(len(texts))] if isinstance(seed, int) else list(seed)
-            if len(seeds) != len(texts):
-                raise UserError(f"{len(seeds)} seeds for {len(texts)} prompts; give one each")
+            seeds = _seeds(seed, len(texts))
             first, fresh = self._noise(seeds, table, shape, noise, fresh_noise)
             begin = None
             if image is not None:
@@ -142,9 +173,11 @@ class ReferencePipeline:
 
         if given is not None:
             rows = len(texts) * (2 if scale > 1 else 1)
-            if given.ndim != 3 or len(given) != rows:
+            width = self.parts.unet.config.cross_attention_dim
+            if given.ndim != 3 or len(given) != rows or given.shape[2] != width:
                 raise UserError(
-                    f"prompt_embeds has shape {given.shape}; {len(texts)} prompts need {rows} rows"
+                    f"prompt_embeds has shape {given.shape}; {len(texts)} prompts need {rows} rows "
+                    f"of (L, {width})"
                 )
             dtype = getattr(torch, self.settings.precision)
             return torch.from_numpy(given).to(self.machine.device, dtype)
@@ -192,9 +225,11 @@ class ReferencePipeline:
         if self.models.encode_picture is None:
             raise UserError(
                 f"{self.parts.name} has a decoder without an encoder, so no picture can be taken; "
-                "leave out the image, or the tiny decoder"
+                "leave out the image"
             )
         images = image[None] if image.ndim == 3 else image
+        if len(images) not in (1, len(noise)):
+            raise UserError(f"{len(images)} images for {len(noise)} prompts; give one, or one each")
         if images.dtype != np.uint8 or images.shape[1:] != (own.height, own.width, 3):
             raise UserError(
                 f"the image is {images.dtype} {images.shape[1:]}; it has to be uint8 "
@@ -320,6 +355,15 @@ def noise_levels(table: ScheduleTable) -> tuple[float, float]:
     return alpha / row.input_scale, sigma / row.input_scale
 
 
+def _seeds(seed: Any, count: int) -> list[int]:
+    """A seed for each picture: counted on from one, or those that are given."""
+    if isinstance(seed, numbers.Integral):
+        return [int(seed) + k for k in range(count)]
+    if len(seed) != count:
+        raise UserError(f"{len(seed)} seeds for {count} prompts; give one each")
+    return [int(each) for each in seed]
+
+
 def _check_noise(name: str, noise: np.ndarray, shape: tuple[int, ...]) -> None:
     if noise.shape != shape or noise.dtype != np.float32:
         raise UserError(
@@ -328,19 +372,26 @@ def _check_noise(name: str, noise: np.ndarray, shape: tuple[int, ...]) -> None:
         )
 
 
+_NO_MEMORY = ("out of memory", "outofmemory", "alloc_failed", "allocate memory", "enough memory")
+
+
+def _is_for_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that there is no memory left."""
+    while error is not None:
+        told = f"{type(error).__name__} {error}".lower()
+        if isinstance(error, MemoryError) or any(words in told for words in _NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
 @contextmanager
 def told_memory(settings: Settings, device: str) -> Iterator[None]:
     """Turn a device's refusal of memory into advice on what takes less."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        # PyTorch has a class of its own for GPUs; its CPU allocator says it in words.
-        if not (
-            isinstance(error, MemoryError)
-            or type(error).__name__ == "OutOfMemoryError"
-            or "can't allocate memory" in str(error)
-            or "not enough memory" in str(error)
-        ):
+    except Exception as error:  # a compiler's errors, in which it may be wrapped, share no class
+        if isinstance(error, PocketError) or not _is_for_memory(error):
             raise
         ways = ["a smaller batch", "a smaller --resolution"]
         if settings.tiny_decoder is None:

@@ -63,8 +63,24 @@ def usable(
             told["deep_cache"] = why
         elif steps < MANY_STEPS:
             told["deep_cache"] = f"{steps} steps have nothing to reuse; it needs {MANY_STEPS}"
-    if {"xformers", "compile"} <= set(names) and "xformers" not in told:
-        told["xformers"] = "it would replace the attention that the switch compile works on"
+    return tuple(name for name in names if name not in told), told
+
+
+TOGETHER = {
+    "xformers": ("compile", "its kernels are not PyTorch's to compile"),
+    "fused_qkv": ("xformers", "xFormers' attention asks for each projection by itself"),
+    "compile": ("tensorrt", "TensorRT compiles in its place"),
+    "half": ("bfloat16", "one precision at a time"),
+}
+"""What is left out beside another switch, and why."""
+
+
+def without_conflicts(names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Switches that go together, and those that were left out for another."""
+    told: dict[str, str] = {}
+    for name, (other, why) in TOGETHER.items():
+        if name in names and other in names and other not in told:
+            told[name] = f"not beside {other}: {why}"
     return tuple(name for name in names if name not in told), told
 
 

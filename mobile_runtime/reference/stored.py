@@ -4,6 +4,7 @@
 the GPU; `validate BUNDLE --reference FOLDER` shows it, on any machine, without PyTorch.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from mobile_runtime.jobs import write_json
 from mobile_runtime.latency import WARM_UP, Environment, Latency, Timing, environment, summary
 from mobile_runtime.manifest import Strict
 from mobile_runtime.parity import check_picture
+from mobile_runtime.reference.bench import allocated, peak
 from mobile_runtime.reference.parts import Parts
 from mobile_runtime.reference.pipeline import ReferencePipeline
 from mobile_runtime.reference.switches import EXACT, Machine, Settings
@@ -71,13 +73,20 @@ def measure(
     if not cases:
         raise UserError(f"{bundle.path} holds no golden prompts; convert it with some")
     pictures: dict[str, np.ndarray] = {}
-    draws = []
+    draws, begun = [], []
     for name, _, settings in chosen:
         tell(f"{name}: open, first picture")
+        before = allocated(machine)
+        began = time.perf_counter()
         pipeline = ReferencePipeline(parts, settings, machine.device)
+        load_ms = 1000 * (time.perf_counter() - began)
         draws.append(_drawer(pipeline))
-        for k, case in enumerate(cases):
-            pictures[f"{name}/{k}"] = draws[-1](case)[0]
+        _, first_s = draws[-1](cases[0])
+        with peak(machine) as most:
+            for k, case in enumerate(cases):
+                pictures[f"{name}/{k}"] = draws[-1](case)[0]
+            used = None if before is None or (top := most()) is None else max(0, top - before)
+        begun.append((load_ms, 1000 * first_s, used))
     times: list[list[float]] = [[] for _ in chosen]
     rng = np.random.default_rng(0)
     for turn in range(rounds + WARM_UP):
@@ -87,9 +96,11 @@ def measure(
             if turn >= WARM_UP:
                 times[index].append(1000 * seconds)
     runs = []
-    for (name, switches, _), own in zip(chosen, times, strict=True):
-        timing = Timing(load_ms=0, first_ms=0, warm_up=WARM_UP, times_ms=tuple(own))
-        latency = summary(PIPELINE, f"desktop {name} on {machine.name}", timing)
+    for (name, switches, _), own, (load_ms, first_ms, used) in zip(
+        chosen, times, begun, strict=True
+    ):
+        timing = Timing(load_ms=load_ms, first_ms=first_ms, warm_up=WARM_UP, times_ms=tuple(own))
+        latency = summary(PIPELINE, f"desktop {name} on {machine.name}", timing, used)
         assert latency is not None
         runs.append(StoredRun(name=name, switches=tuple(switches), latency=latency))
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,16 +3,21 @@
 A switch that a machine lacks is told in one line and left out; it never fails a run.
 """
 
-import importlib.util
+import importlib
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args
 
-from mobile_runtime.errors import choices
+from mobile_runtime.backends import quiet_libraries
+from mobile_runtime.errors import UserError, choices
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Attention = Literal["math", "auto", "xformers"]
+MOST_MERGED = 0.75
+"""One token of every 2x2 square stays."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,22 @@ class Settings:
     tiny_decoder: str | None = None
     deep_cache: int = 1
     merged_tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no pipeline can be set to."""
+        if self.precision not in get_args(Precision):
+            raise choices("precision", self.precision, list(get_args(Precision)))
+        if self.attention not in get_args(Attention):
+            raise choices("attention", self.attention, list(get_args(Attention)))
+        if self.deep_cache < 1:
+            raise UserError(f"deep_cache {self.deep_cache} should be 1 or more")
+        if not 0 <= self.merged_tokens <= MOST_MERGED:
+            raise UserError(f"merged_tokens {self.merged_tokens} should be from 0 to {MOST_MERGED}")
+
+    @property
+    def arithmetic(self) -> str:
+        """What products are computed in: the precision, or tf32."""
+        return "tf32" if self.tf32 and self.precision == "float32" else self.precision
 
     @property
     def exact(self) -> bool:
@@ -75,8 +96,15 @@ class Switch:
     asked: bool = False
 
 
+@cache
 def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    """Whether it can be imported: one that is there and broken is not."""
+    try:
+        with quiet_libraries():
+            importlib.import_module(module)
+    except Exception:  # whatever a broken library raises
+        return False
+    return True
 
 
 def _needs_cuda(machine: Machine) -> str | None:
@@ -214,11 +242,9 @@ def machine_of(device: str | None = None) -> Machine:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", device):
         raise choices("device", device, ["cpu", "cuda", "cuda:1"])
     if kind == "cuda":
-        from mobile_runtime.errors import UserError
-
         place = torch.device(device).index or 0
         if place >= torch.cuda.device_count():
             raise UserError(

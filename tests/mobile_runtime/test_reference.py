@@ -346,6 +346,7 @@ def test_what_is_missing_is_told_in_a_line_each_and_fails_nothing(
         (["generate", "x", "--with", "turbo"], "unknown switch 'turbo'"),
         (["generate", "x", "--device", "tpu"], "unknown device 'tpu'"),
         (["generate", "x", "--device", "cuda:7"], "is not here"),
+        (["generate", "x", "--device", "cuda:abc"], "unknown device 'cuda:abc'"),
         (["generate", "x", "-o", "x.jpg"], "should be a .png"),
         (["generate", "x", "--scheduler", "heun"], "unknown scheduler 'heun'"),
         (["generate", "x", "--recipe", "nothing"], "unknown recipe"),
@@ -383,6 +384,67 @@ def test_a_picture_to_start_from_is_checked(small: Parts) -> None:
         pipeline("a tent", seed=[1, 2])
     with pytest.raises(UserError, match="no prompt"):
         pipeline([])
+    with pytest.raises(UserError, match="2 images for 1 prompts"):
+        pipeline("a tent", image=np.stack([image, image]))
+    with pytest.raises(UserError, match="no number to guide by"):
+        pipeline("a tent", guidance_scale=float("nan"))
+    with pytest.raises(UserError, match="2 rows of"):
+        pipeline("a tent", prompt_embeds=np.zeros((2, 16, 31), np.float32))
+    assert len(pipeline("a tent", seed=np.int64(3)).pictures) == 1
+    made = ReferencePipeline(small, Settings(tiny_decoder="random"))("a tent", image=image)
+    assert made.pictures.shape == (1, 16, 16, 3)  # taken in by the pipeline's own encoder
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"precision": "fp16"}, {"attention": "fast"}, {"deep_cache": 0}, {"merged_tokens": 2}]
+)
+def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+def test_switches_that_do_not_go_together_are_left_out() -> None:
+    names, told = planning.without_conflicts(("half", "bfloat16", "compile", "tensorrt"))
+    assert names == ("bfloat16", "tensorrt")
+    assert set(told) == {"half", "compile"}
+    names, told = planning.without_conflicts(("xformers", "fused_qkv"))
+    assert names == ("xformers",)
+    names, _ = planning.without_conflicts(("xformers", "fused_qkv", "compile"))
+    assert names == ("fused_qkv", "compile")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("scheduler", ["dpm_solver_pp_2m", "euler", "ddim", "euler_ancestral"])
+def test_the_yardstick_of_diffusers_runs_the_same_schedule(
+    small_recipe: Path, scheduler: str
+) -> None:
+    recipe = schema.load(str(small_recipe), {"schedule.scheduler": scheduler})
+    parts = opening.open_recipe(recipe.resolved())
+    bench = Bench(parts, CPU, steps=4, rounds=2, compared=1)
+    found = bench.measure(planning.Row("yardstick", "diffusers float32", own=True))
+    assert found.status == "done"
+    if scheduler == "euler_ancestral":
+        assert found.psnr_db is None  # diffusers draws that noise itself
+    else:
+        assert found.equal or (found.psnr_db or 0) > 60
+
+
+def test_a_recipe_is_opened_by_its_name(small_recipe: Path) -> None:
+    pipeline = ReferencePipeline.open(str(small_recipe), {"schedule.steps": 3}, device="cpu")
+    told: list[int] = []
+    pipeline("a red tent", on_step=lambda k, n, latents: told.append(n))
+    assert told == [3, 3, 3]
+
+
+def test_a_process_may_choose_its_own_precision(small: Parts) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        ReferencePipeline(small)("a tent")
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -399,7 +461,15 @@ def test_noise_levels_are_the_schedulers(parts: Parts, scheduler: str) -> None:
 
 
 def test_out_of_memory_gives_advice() -> None:
+    class CompilerError(Exception):
+        """A compiler's own error, with what it met inside."""
+
+    wrapped = CompilerError("backend failed")
+    wrapped.__cause__ = torch.OutOfMemoryError("no")
     for error in (
+        wrapped,
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte"),
         MemoryError(),
@@ -502,6 +572,8 @@ def test_the_desktop_stands_beside_a_bundle(
     assert all(check["equal"] or check["value"] > 40 for check in near)
     desktop = [row for row in report["latency"] if row["runtime"].startswith("desktop ")]
     assert len(desktop) == 2
+    assert all(row["load_ms"] > 0 and row["first_ms"] > 0 for row in desktop)
+    assert all(row["peak_bytes"] is not None for row in desktop)
     page = (bundle / "report.html").read_text()
     assert "Beside the desktop pipeline" in page
     assert page.count("the desktop pipeline</figcaption>") == 4  # two prompts, exact and fast
