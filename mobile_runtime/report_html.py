@@ -16,6 +16,7 @@ from mobile_runtime.gates import told_gates
 from mobile_runtime.latency import Latency
 from mobile_runtime.manifest import LayerPlan
 from mobile_runtime.report import (
+    PIPELINE,
     Check,
     Pictures,
     Report,
@@ -352,14 +353,14 @@ def _latency(report: Report) -> str:
 
 
 def _parts(row: Latency) -> str:
-    """What a whole picture is made of: each model's calls, the UNet's being the steps."""
-    if not row.parts_ms:
-        return ""
+    """What a whole picture is made of: each model's calls, the UNet's being the steps; memory."""
     told = []
     for name, times in row.parts_ms.items():
         calls = f"{len(times)} calls, {min(times):.1f} to {max(times):.1f} ms each"
         told.append(f"{name} {times[0]:.1f} ms" if len(times) == 1 else f"{name} {calls}")
-    return f"<small>{escape('; '.join(told))}</small>"
+    if row.component == PIPELINE and row.peak_bytes is not None:
+        told.append(f"{row.peak_bytes / 1e6:.0f} MB at most")
+    return f"<small>{escape('; '.join(told))}</small>" if told else ""
 
 
 def _sizes(report: Report) -> str:
