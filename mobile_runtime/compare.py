@@ -79,6 +79,11 @@ def _lines(report: Report) -> list[Line]:
     return found
 
 
+def _worst(line: Line) -> Check | None:
+    """The component that is furthest from its reference."""
+    return min(line.worst.values(), key=_decibels, default=None)
+
+
 def _decibels(check: Check) -> float:
     return float("inf") if check.equal else check.value if check.value is not None else 0.0
 
@@ -95,10 +100,12 @@ def render(lines: Sequence[Line]) -> str:
     """The whole page."""
     components = list(dict.fromkeys(name for line in lines for name in line.worst))
     timed = list(dict.fromkeys(name for line in lines for name in line.times_ms))
-    header = ["Bundle and runtime", *map(escape, components), "picture", "models", "Verdict"]
+    header = ["Bundle and runtime", "worst", *map(escape, components), "picture", "models"]
+    header.append("Verdict")
     rows = [
         [
             f"{escape(line.bundle)}<small>{escape(line.runtime)}</small>",
+            _told(_worst(line)),
             *(_told(line.worst.get(name)) for name in components),
             _told(line.picture),
             f"{line.model_bytes / 1e6:.1f} MB",
@@ -107,7 +114,7 @@ def render(lines: Sequence[Line]) -> str:
         ]
         for line in lines
     ]
-    wide = tuple(range(1, 1 + len(components)))
+    wide = tuple(range(2, 2 + len(components)))
     sections = [
         "<h1>Bundles and devices beside each other</h1>",
         f'<h2>Parity</h2><div class="card">{table(header, rows, wide=wide)}'
@@ -147,7 +154,7 @@ def format_lines(lines: Sequence[Line]) -> str:
     """The comparison as a short table for a terminal."""
     rows = [("bundle and runtime", "worst component", "picture", "a picture", "models", "verdict")]
     for line in lines:
-        worst = min(line.worst.values(), key=_decibels, default=None)
+        worst = _worst(line)
         whole = line.times_ms.get(PIPELINE)
         rows.append(
             (

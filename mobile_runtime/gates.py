@@ -30,9 +30,14 @@ def parse_gates(pairs: Sequence[str]) -> dict[str, float | None]:
 
 
 def with_gates(bundle: Bundle, gates: dict[str, float | None]) -> Bundle:
-    """The same bundle, held to these gates where they are given."""
+    """The same bundle, held to these gates where they are given; UserError for one without use."""
     if not gates:
         return bundle
+    if "float16_snr_db" in gates and bundle.manifest.arithmetic != "float16":
+        raise UserError(
+            f"--gate float16_snr_db: {bundle.path} computes in {bundle.manifest.arithmetic}, whose "
+            "gate is component_snr_db"
+        )
     changed = bundle.manifest.gates.model_copy(update=gates)
     manifest = bundle.manifest.model_copy(update={"gates": changed})
     return Bundle(bundle.path, manifest, bundle.manifest_sha256)

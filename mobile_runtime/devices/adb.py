@@ -137,6 +137,10 @@ class AdbDevice:
                 time.sleep(POLL_S)
         except (LostError, OSError) as error:
             return Fault(NoRun("not_run", f"{self.name}: {error}"), for_all=True)
+        except BaseException:  # Ctrl-C, say: nobody would fetch what the app still makes
+            with contextlib.suppress(LostError, OSError):
+                self._shell(f"am force-stop {self.app}")
+            raise
 
     def _as_app(
         self, command: str, data: IO[bytes] | None = None

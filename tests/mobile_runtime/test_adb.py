@@ -126,6 +126,26 @@ def test_an_app_that_hangs_is_stopped(bundle, phone):
     assert "gave no result for 2 s" in report.summary
 
 
+def test_ctrl_c_ends_the_app(bundle, phone, monkeypatch):
+    one = phone()
+    one.set_app("#!/bin/sh\nexec sleep 600\n")
+
+    def interrupted(self, result):
+        if (one.folder / "pid").exists():
+            raise KeyboardInterrupt
+        return
+
+    monkeypatch.setattr(adb.AdbDevice, "_fetch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checked(bundle, one)
+    pid = int((one.folder / "pid").read_text())
+    until = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    told = Path(f"/proc/{pid}/stat")
+    assert not told.exists() or " Z " in told.read_text()
+
+
 def test_a_phone_that_vanishes_keeps_what_was_measured_and_the_next_run_goes_on(
     bundle, phone, monkeypatch
 ):
