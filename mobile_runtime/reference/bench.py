@@ -6,6 +6,8 @@ and noise that it has not seen, so that nothing is found in a cache. Times are b
 the text to the pixels in main memory; a GPU's events around the same call stand beside them.
 """
 
+import contextlib
+import ctypes
 import gc
 import math
 import time
@@ -109,6 +111,7 @@ class Bench:
         steps = self.steps if row.steps is None else row.steps
         table = self.parts.schedule(steps, row.scheduler)
         found = Measured(row.kind, row.name, row.switches, steps, table.scheduler, row.batch)
+        _free(self.machine)  # what the row before has left
         try:
             self._measure(row, found)
         except (MemoryUsedUpError, GateError) as error:
@@ -116,8 +119,6 @@ class Bench:
         except Exception as error:  # a compiler's and a driver's errors share no class
             # One row that fails here loses no other; it is told in its place.
             found.status = f"failed: {brief(error)}"
-        finally:
-            _free(self.machine)
         return found
 
     def _measure(self, row: Row, found: Measured) -> None:
@@ -326,3 +327,7 @@ def _free(machine: Machine) -> None:
     torch._dynamo.reset()
     if machine.cuda:
         torch.cuda.empty_cache()
+        return
+    # glibc keeps what was freed; the next row's growth would seem smaller than it is.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
