@@ -187,6 +187,10 @@ def generate(args: argparse.Namespace) -> int:
     settings, names = _chosen(args, machine, parts)
     pipeline = ReferencePipeline(parts, settings, args.device)
     with tqdm(disable=None, delay=2, leave=False, unit="step") as bar:
+
+        def count(step: int, steps: int, latents: Any) -> None:
+            bar.update()
+
         drawn = pipeline(
             args.prompts,
             seed=args.seed,
@@ -194,7 +198,7 @@ def generate(args: argparse.Namespace) -> int:
             scheduler=args.scheduler,
             image=image,
             strength=args.strength,
-            on_step=lambda step, steps, latents: bar.update() and None,
+            on_step=count,
         )
     about = {"switches": ", ".join(names) or "exact", "device": machine.name}
     for k, (path, picture, prompt) in enumerate(
@@ -258,11 +262,12 @@ def bench(args: argparse.Namespace) -> int:
         plan = planning.Plan((asked,), {})
     data = _about(args.command, parts, machine, plan, steps)
     with tqdm(total=len(plan.rows), disable=None, leave=False, unit="row") as bar:
+        named_row = ""
 
         def tell(text: str) -> None:
-            bar.set_description(f"{plan.rows[min(bar.n, bar.total - 1)].name}: {text}")
+            bar.set_description(f"{named_row}: {text}")
 
-        tell("open")
+        bar.set_description("open")
         work = Bench(
             parts,
             machine,
@@ -274,6 +279,7 @@ def bench(args: argparse.Namespace) -> int:
             tell=tell,
         )
         for row in plan.rows:
+            named_row = row.name
             found = work.measure(row)
             settings = settings_of(row.switches, machine, args.tiny_decoder)
             found.floor_s = _floor(row, settings, parts, found.steps, data)
