@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from mobile_runtime.bench import ratio_of
-from mobile_runtime.errors import GateError
+from mobile_runtime.errors import PocketError
 from mobile_runtime.machine import peak_memory
 from mobile_runtime.noise import Noise
 from mobile_runtime.parity import SSIM_WINDOW, picture_psnr_db, picture_ssim
 from mobile_runtime.reference.parts import Parts
-from mobile_runtime.reference.pipeline import MemoryUsedUpError, ReferencePipeline, told_memory
+from mobile_runtime.reference.pipeline import ReferencePipeline, told_memory
 from mobile_runtime.reference.rows import Row
 from mobile_runtime.reference.switches import EXACT, Machine, Settings, settings_of
 from mobile_runtime.runs import brief
@@ -107,14 +107,15 @@ class Bench:
         self._drawn: dict[tuple[str | None, int, int], np.ndarray] = {}
 
     def measure(self, row: Row) -> Measured:
-        """One row; what fails for want of memory or of a finite picture is told in its status."""
+        """One row; what keeps it from being measured is told in its status."""
         steps = self.steps if row.steps is None else row.steps
-        table = self.parts.schedule(steps, row.scheduler)
-        found = Measured(row.kind, row.name, row.switches, steps, table.scheduler, row.batch)
+        scheduler = row.scheduler or "source"
+        found = Measured(row.kind, row.name, row.switches, steps, scheduler, row.batch)
         _free(self.machine)  # what the row before has left
         try:
+            found.scheduler = self.parts.schedule(steps, row.scheduler).scheduler
             self._measure(row, found)
-        except (MemoryUsedUpError, GateError) as error:
+        except PocketError as error:
             found.status = str(error)
         except Exception as error:  # a compiler's and a driver's errors share no class
             # One row that fails here loses no other; it is told in its place.

@@ -1,6 +1,7 @@
 """The desktop pipeline: exact as diffusers, and each switch as near to it as it promises."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -531,6 +532,18 @@ def test_a_row_that_has_no_memory_is_told_and_the_others_run(
     assert bench.measure(wanted).status == "done"
 
 
+def test_a_schedule_that_a_source_cannot_have_is_told_in_its_row(small: Parts) -> None:
+    def schedule(steps: int, scheduler: str | None) -> Any:
+        if scheduler == "ddim":
+            raise UserError("DDIMScheduler with clip_sample=True cannot be compiled")
+        return small.schedule(steps, scheduler)
+
+    bench = Bench(replace(small, schedule=schedule), CPU, steps=2, rounds=2, compared=1)
+    found = bench.measure(planning.Row("steps", "ddim 50", scheduler="ddim", steps=50))
+    assert "clip_sample" in found.status
+    assert bench.measure(planning.Row("yardstick", "exact")).status == "done"
+
+
 def test_the_judge_reads_the_embedded_models_pictures(parts: Parts) -> None:
     bench = Bench(parts, CPU, steps=2, rounds=2, compared=1, judged=8)
     found = bench.measure(planning.Row("yardstick", "exact"))
@@ -608,7 +621,7 @@ def test_fast_on_a_gpu_keeps_the_picture(parts: Parts) -> None:
 
 @pytest.mark.full_size
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("scheduler", ["euler", "ddim", "dpm_solver_pp_2m"])
+@pytest.mark.parametrize("scheduler", ["euler", "dpm_solver_pp_2m"])
 def test_exact_is_diffusers_own_pipeline_at_full_size(scheduler: str) -> None:
     changes = {"source.model": "random:sd_turbo", "resolution": 256}
     parts = opening.open_recipe(schema.load("sd_turbo_int8", changes).resolved())
