@@ -8,7 +8,6 @@ there, so that a phone that is unplugged takes nothing along.
 
 import contextlib
 import os
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -21,13 +20,13 @@ from typing import IO
 from mobile_runtime.devices import Troubles, Work
 from mobile_runtime.devices.attempts import Fault, prepared_attempts
 from mobile_runtime.devices.transfers import (
-    STALE_MIN,
     LostError,
     files_of,
     keep,
     packed,
     said,
     unpacked,
+    unpacking,
 )
 from mobile_runtime.errors import UserError
 from mobile_runtime.jobs import DEVICE, Result, open_job
@@ -175,12 +174,7 @@ class AdbDevice:
         """Files as a folder there, whole or not at all, unless it is there already."""
         if self._as_app(f"test -d {to}").returncode == 0:
             return
-        partial = f"{to}.{secrets.token_hex(4)}.partial"
-        command = (
-            f"find {to}.*.partial -maxdepth 0 -mmin +{STALE_MIN} -exec rm -rf {{}} + 2>/dev/null; "
-            f"mkdir -p {partial} && tar -xf - -C {partial} && "
-            f"if [ -d {to} ]; then rm -rf {partial}; else mv {partial} {to}; fi"
-        )
+        command, partial = unpacking(to)
         with packed(files) as spool:
             done = self._as_app(command, spool)
         if done.returncode:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import queue
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -26,13 +25,13 @@ from mobile_runtime.devices import Troubles, Work
 from mobile_runtime.devices.attempts import Fault, prepared_attempts
 from mobile_runtime.devices.transfers import (
     SHOWN_LETTERS,
-    STALE_MIN,
     LostError,
     files_of,
     keep,
     packed,
     said,
     unpacked,
+    unpacking,
 )
 from mobile_runtime.errors import UserError
 from mobile_runtime.jobs import DEVICE, Result, open_job
@@ -196,12 +195,7 @@ class SshDevice:
         """Files as a folder there, whole or not at all, unless it is there already."""
         if self._call(f"test -d {to}").returncode == 0:
             return
-        partial = f"{to}.{secrets.token_hex(4)}.partial"
-        command = (
-            f"find {to}.*.partial -maxdepth 0 -mmin +{STALE_MIN} -exec rm -rf {{}} + 2>/dev/null; "
-            f"mkdir -p {partial} && tar -xf - -C {partial} && "
-            f"if [ -d {to} ]; then rm -rf {partial}; else mv {partial} {to}; fi"
-        )
+        command, _ = unpacking(to)
         with packed(files) as spool:
             done = self._call(command, spool)
         if done.returncode:

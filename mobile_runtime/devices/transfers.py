@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import secrets
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,6 +49,18 @@ def packed(files: Iterable[tuple[str, bytes | Path]]) -> Iterator[IO[bytes]]:
                     archive.addfile(entry, stream)
         spool.seek(0)
         yield spool
+
+
+def unpacking(to: str) -> tuple[str, str]:
+    """The shell command that makes a tar stream a folder there, whole or not at all.
+
+    Second: where it lies until it is whole; others may send the same at the same time.
+    """
+    partial = f"{to}.{secrets.token_hex(4)}.partial"
+    stale = f"find {to}.*.partial -maxdepth 0 -mmin +{STALE_MIN} -exec rm -rf {{}} + 2>/dev/null"
+    unpack = f"mkdir -p {partial} && tar -xf - -C {partial}"
+    place = f"if [ -d {to} ]; then rm -rf {partial}; else mv {partial} {to}; fi"
+    return f"{stale}; {unpack} && {place}", partial
 
 
 def unpacked(data: bytes, wanted: set[str]) -> dict[str, bytes]:

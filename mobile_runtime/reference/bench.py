@@ -21,10 +21,9 @@ import numpy as np
 from mobile_runtime.bench import ratio_of
 from mobile_runtime.errors import PocketError
 from mobile_runtime.machine import peak_memory
-from mobile_runtime.noise import Noise
 from mobile_runtime.parity import SSIM_WINDOW, picture_psnr_db, picture_ssim
 from mobile_runtime.reference.parts import Parts
-from mobile_runtime.reference.pipeline import ReferencePipeline, told_memory
+from mobile_runtime.reference.pipeline import ReferencePipeline, noise_of, told_memory
 from mobile_runtime.reference.rows import Row
 from mobile_runtime.reference.switches import EXACT, Machine, Settings, settings_of
 from mobile_runtime.runs import brief
@@ -168,23 +167,14 @@ class Bench:
         own = self.parts.generation
         prompts = self.parts.judge.prompts if self.parts.judge else self.parts.prompts
         texts = [prompts[(first + k) % len(prompts)] for k in range(row.batch)]
-        shape = (1, own.latent_channels, own.latent_height, own.latent_width)
-        drawn = [Noise(first + k) for k in range(row.batch)]
-        noise = np.concatenate([each.draw(shape) for each in drawn])
-        if not self._adds_noise(row, steps):
-            return texts, noise, None
-        table = self.parts.schedule(steps, row.scheduler)
-        fresh = [
-            np.concatenate([each.draw(shape) for each in drawn]) if line.d else np.zeros_like(noise)
-            for line in table.rows
-        ]
-        return texts, noise, np.stack(fresh)
-
-    def _adds_noise(self, row: Row, steps: int) -> bool:
-        return needs_fresh_noise(self.parts.schedule(steps, row.scheduler))
+        shape = (row.batch, own.latent_channels, own.latent_height, own.latent_width)
+        seeds = range(first, first + row.batch)
+        return texts, *noise_of(seeds, self.parts.schedule(steps, row.scheduler), shape)
 
     def _quality(self, row: Row, found: Measured, draw: Draw) -> None:
         """Against `exact` with the same schedule: what the switches did, and not the steps."""
+        if row.own and needs_fresh_noise(self.parts.schedule(found.steps, row.scheduler)):
+            return  # diffusers draws that noise itself
         self.tell("compare with exact")
         count = max(self.compared, row.batch)
         made = [
@@ -192,8 +182,6 @@ class Bench:
         ]
         b = np.concatenate(made)
         a = np.concatenate([self._exactly(row, found.steps, k) for k in range(len(b))])
-        if row.own and self._adds_noise(row, found.steps):
-            return  # diffusers draws that noise itself
         psnr_db = picture_psnr_db(np.concatenate(a), np.concatenate(b))
         found.equal = math.isinf(psnr_db)
         found.psnr_db = None if found.equal else psnr_db

@@ -4,7 +4,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ EXAMPLES = """examples:
 switches:
 """
 TRACED_PICTURES = 3
+KEPT = "ablation.json"
 
 
 def main(argv: list[str]) -> int:
@@ -132,6 +133,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="for ablation.json, .md and .html"
     )
+    parser.add_argument("--force", action="store_true", help="replace figures that are there")
     _add_switches(parser)
 
 
@@ -140,6 +142,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, default=Path("trace.json"), metavar="FILE", help="the trace"
     )
     parser.add_argument("--rows", type=int, default=20, metavar="N", help="operators to show (20)")
+    parser.add_argument("--force", action="store_true", help="replace a trace that is there")
     _add_switches(parser)
 
 
@@ -163,10 +166,6 @@ def _chosen(
     return settings_of(names, machine, args.tiny_decoder), names
 
 
-def _opened(args: argparse.Namespace) -> Parts:
-    return opener().open_asked(args)
-
-
 def generate(args: argparse.Namespace) -> int:
     """Draw, and write the pictures."""
     from mobile_runtime.reference.pipeline import ReferencePipeline
@@ -178,12 +177,10 @@ def generate(args: argparse.Namespace) -> int:
         form = "a folder for several prompts" if several else "a .png for one prompt"
         raise UserError(f"--output {output} should be {form}")
     paths = [output / f"{k}.png" for k in range(len(args.prompts))] if several else [output]
-    taken = [path for path in paths if path.exists()]
-    if taken and not args.force:
-        raise UserError(f"{taken[0]} already exists; choose another --output, or add --force")
+    _check_free(paths, args.force)
     check_writable(output.absolute() if several else output.absolute().parent, "--output")
     image = _read_image(args.image) if args.image else None
-    parts = _opened(args)
+    parts = opener().open_asked(args)
     settings, names = _chosen(args, machine, parts)
     pipeline = ReferencePipeline(parts, settings, args.device)
     with tqdm(disable=None, delay=2, leave=False, unit="step") as bar:
@@ -217,6 +214,12 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_free(paths: Iterable[Path], force: bool) -> None:
+    taken = [path for path in paths if path.exists()]
+    if taken and not force:
+        raise UserError(f"{taken[0]} already exists; choose another --output, or add --force")
+
+
 def _read_image(path: Path) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
@@ -243,10 +246,12 @@ def bench(args: argparse.Namespace) -> int:
         raise UserError("--ablation runs every switch; leave out --fast, --with and --without")
     if args.output:
         check_writable(args.output.absolute(), "--output")
+        name = stored.REFERENCE if args.bundle else KEPT
+        _check_free([args.output / name], args.force)
     machine = machine_of(args.device)
     if args.bundle:
         return _bench_bundle(args, machine)
-    parts = _opened(args)
+    parts = opener().open_asked(args)
     if args.judged and parts.judge is None:
         raise UserError(f"--judged: {parts.name} has no judge; only the embedded model has one")
     if args.judged and parts.judge and args.judged > len(parts.judge.prompts):
@@ -363,7 +368,7 @@ def _floor(
 def _keep(folder: Path, data: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (
-        ("ablation.json", json.dumps(data, indent=1) + "\n"),
+        (KEPT, json.dumps(data, indent=1) + "\n"),
         ("ablation.md", tables.markdown(data)),
         ("ablation.html", tables.page(data)),
     ):
@@ -377,8 +382,9 @@ def profile(args: argparse.Namespace) -> int:
     if args.rows < 1:
         raise UserError(f"--rows {args.rows} should be 1 or more")
     check_writable(args.output.absolute().parent, "--output")
+    _check_free([args.output], args.force)
     machine = machine_of(args.device)
-    parts = _opened(args)
+    parts = opener().open_asked(args)
     settings, names = _chosen(args, machine, parts)
     print(f"{parts.name} on {machine.name}: {', '.join(names) or 'exact'}, one picture")
     print(_profiled(parts, settings, args.device, args.rows, args.output))

@@ -195,22 +195,12 @@ class ReferencePipeline:
         """The first noise, and that of each step where the table adds any, on the device."""
         import torch
 
-        drawn = [Noise(seed) for seed in seeds]
-        one = (1, *shape[1:])
-        if noise is None:
-            noise = np.concatenate([each.draw(one) for each in drawn])
+        own, own_fresh = noise_of(seeds, table, shape)
+        noise = own if noise is None else noise
         _check_noise("noise", noise, shape)
         fresh = None
-        if needs_fresh_noise(table):
-            if fresh_noise is None:
-                # In the steps' order, after the first noise, as a CUDA pipeline draws it.
-                rows = [
-                    np.concatenate([each.draw(one) for each in drawn])
-                    if row.d
-                    else np.zeros(shape, np.float32)
-                    for row in table.rows
-                ]
-                fresh_noise = np.stack(rows)
+        if own_fresh is not None:
+            fresh_noise = own_fresh if fresh_noise is None else fresh_noise
             _check_noise("fresh_noise", fresh_noise, (table.steps, *shape))
             fresh = torch.from_numpy(fresh_noise).to(self.machine.device)
         return torch.from_numpy(noise).to(self.machine.device), fresh
@@ -353,6 +343,24 @@ def noise_levels(table: ScheduleTable) -> tuple[float, float]:
     else:
         alpha, sigma = row.u / row.input_scale, -row.v
     return alpha / row.input_scale, sigma / row.input_scale
+
+
+def noise_of(
+    seeds: Sequence[int], table: ScheduleTable, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The first noise (N, C, h, w) of each seed, and that of each step where the table adds any.
+
+    In the steps' order, after the first noise, as a CUDA pipeline draws it: (steps, N, C, h, w).
+    """
+    drawn, one = [Noise(seed) for seed in seeds], (1, *shape[1:])
+
+    def draw() -> np.ndarray:
+        return np.concatenate([each.draw(one) for each in drawn])
+
+    first = draw()
+    if not needs_fresh_noise(table):
+        return first, None
+    return first, np.stack([draw() if row.d else np.zeros(shape, np.float32) for row in table.rows])
 
 
 def _seeds(seed: Any, count: int) -> list[int]:

@@ -7,13 +7,7 @@ from typing import Literal
 from mobile_runtime.errors import UserError
 from mobile_runtime.reference.deep_cache import DeepCache
 from mobile_runtime.reference.parts import Parts
-from mobile_runtime.reference.switches import (
-    SWITCHES,
-    Machine,
-    fast_names,
-    missing,
-    named,
-)
+from mobile_runtime.reference.switches import SWITCHES, Machine, fast_names, missing
 
 Kind = Literal["yardstick", "cumulative", "alone", "steps", "batch"]
 STEPS_LADDER: tuple[tuple[str, int], ...] = (
@@ -27,7 +21,6 @@ STEPS_LADDER: tuple[tuple[str, int], ...] = (
 BATCHES = (4, 16)
 MANY_STEPS = 4
 """Fewer, and DeepCache has nothing to reuse."""
-DIFFUSERS = "diffusers"
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ def usable(
     return tuple(name for name in names if name not in told), told
 
 
-TOGETHER = {
+CONFLICTS = {
     "xformers": ("compile", "its kernels are not PyTorch's to compile"),
     "fused_qkv": ("xformers", "xFormers' attention asks for each projection by itself"),
     "compile": ("tensorrt", "TensorRT compiles in its place"),
@@ -78,7 +71,7 @@ TOGETHER = {
 def without_conflicts(names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Switches that go together, and those that were left out for another."""
     told: dict[str, str] = {}
-    for name, (other, why) in TOGETHER.items():
+    for name, (other, why) in CONFLICTS.items():
         if name in names and other in names and other not in told:
             told[name] = f"not beside {other}: {why}"
     return tuple(name for name in names if name not in told), told
@@ -137,7 +130,4 @@ def plan(
                 f"{rows[-1].name!r}"
             )
         rows = [row for row in rows if row.kind in only or row.name in only]
-    for row in rows:
-        for name in row.switches:
-            named(name)
     return Plan(tuple(rows), told)

@@ -86,8 +86,7 @@ class Machine:
 class Switch:
     """One optimization. missing: why this machine cannot take it, with what to do; None: it can.
 
-    asked: it changes the picture, so it is on only when it is named. alone: settings that it needs
-    to mean anything.
+    asked: it is on only when it is named, for it changes the picture or takes another's place.
     """
 
     about: str

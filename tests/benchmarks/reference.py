@@ -77,10 +77,12 @@ def main() -> int:
             continue
         argv = ["reference", "bench", "--ablation", "--device", device, *options]
         print(f"python -m mobile_runtime {' '.join(argv)} -o {folder}", flush=True)
-        if code := run([*argv, "-o", str(folder)]):
+        if code := run([*argv, "-o", str(folder), "--force"]):
             return code
         profile = ["reference", "profile", "--device", device, *PROFILED.get(name, [])]
-        if name in PROFILED and (code := run([*profile, "-o", str(folder / "trace.json")])):
+        if name in PROFILED and (
+            code := run([*profile, "-o", str(folder / "trace.json"), "--force"])
+        ):
             return code
         (folder / "done").touch()
     if args.only and "sd_turbo" not in args.only:

@@ -513,6 +513,8 @@ def test_the_ablation_is_measured_and_kept(
         assert row["peak_bytes"] is not None
     assert rows["exact"]["floor_s"] > 0
     assert rows["deep_cache"]["floor_s"] is None
+    assert run_cli(main, [*argv, "-o", str(tmp_path / "out")]) == 2
+    assert "already exists" in capsys.readouterr().err
     page = (tmp_path / "out/ablation.html").read_text()
     assert "<script" not in page
     assert "tiny_decoder" in page.replace("<wbr>", "")
@@ -560,6 +562,8 @@ def test_a_profile_has_a_table_and_a_trace(
     assert run_cli(main, [*argv, "-o", str(trace), "--rows", "5"]) == 0
     assert "aten::" in capsys.readouterr().out
     assert json.loads(trace.read_text())["traceEvents"]
+    assert run_cli(main, [*argv, "-o", str(trace)]) == 2
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_the_desktop_stands_beside_a_bundle(
