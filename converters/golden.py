@@ -89,10 +89,8 @@ def run_prompt(pipeline: Pipeline, prompt: GoldenPrompt) -> Result:
     """Run one golden prompt from its seed."""
     return pipeline(
         prompt.prompt,
-        negative_prompt=prompt.negative_prompt,
         seed=prompt.seed,
-        steps=prompt.steps,
-        guidance_scale=prompt.guidance_scale,
+        **prompt.call,
     )
 
 

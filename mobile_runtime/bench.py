@@ -54,9 +54,7 @@ class Call:
         golden = self._case.golden
         return self._pipeline(
             golden.prompt,
-            negative_prompt=golden.negative_prompt,
-            steps=golden.steps,
-            guidance_scale=golden.guidance_scale,
+            **golden.call,
             noise=self._case.noise,
             fresh_noise=self._case.fresh_noise,
         )

@@ -174,6 +174,15 @@ class GoldenPrompt(Strict):
     steps: PositiveInt
     guidance_scale: float
 
+    @property
+    def call(self) -> dict[str, Any]:
+        """What a pipeline is called with beside the prompt and its noise."""
+        return {
+            "negative_prompt": self.negative_prompt,
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+        }
+
 
 class Golden(Strict):
     """Stored inputs and outputs (see mobile_runtime/bundle.py for the tensors' names)."""

@@ -140,9 +140,7 @@ def _sampler(tell: Teller, bundle: Bundle, case: PromptCase) -> Check:
         golden = case.golden
         made = pipeline(
             golden.prompt,
-            negative_prompt=golden.negative_prompt,
-            steps=golden.steps,
-            guidance_scale=golden.guidance_scale,
+            **golden.call,
             noise=case.noise,
             fresh_noise=case.fresh_noise,
         )

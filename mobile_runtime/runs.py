@@ -206,9 +206,7 @@ def run_prompt(
         parts.clear()
         return watched(
             golden.prompt,
-            negative_prompt=golden.negative_prompt,
-            steps=golden.steps,
-            guidance_scale=golden.guidance_scale,
+            **golden.call,
             noise=noise,
             fresh_noise=fresh_noise,
             on_step=lambda done, steps, latents: step(f"{label}: step {done} of {steps}"),

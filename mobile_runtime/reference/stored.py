@@ -124,9 +124,7 @@ def _drawer(pipeline: ReferencePipeline) -> Callable[[PromptCase], tuple[np.ndar
         pipeline.forget()
         drawn = pipeline(
             golden.prompt,
-            negative_prompt=golden.negative_prompt,
-            steps=golden.steps,
-            guidance_scale=golden.guidance_scale,
+            **golden.call,
             noise=case.noise,
             fresh_noise=None if case.fresh_noise is None else case.fresh_noise[:, None],
         )

@@ -16,6 +16,7 @@ from mobile_runtime.parity import (
     check_tensor,
     measure,
     picture_psnr_db,
+    picture_ssim,
 )
 
 GATE_DB = 60.0
@@ -335,3 +336,10 @@ def test_huge_and_tiny_values_are_measured_without_overflow() -> None:
         assert verdict.figures.snr_db == pytest.approx(80, abs=1e-3)
     tiny = reference().astype(np.float64) * 1e-300
     assert check_tensor("out", tiny, np.full_like(tiny, 1e300), gate_db=0).status == "fail"
+
+
+def test_ssim_of_equal_pictures_is_one_and_small_ones_have_none() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (12, 13, 3), np.uint8)
+    assert picture_ssim(picture, picture) == pytest.approx(1)
+    with pytest.raises(ValueError, match="no SSIM"):
+        picture_ssim(picture[:8], picture[:8])
