@@ -170,13 +170,15 @@ class _Lesson:
         latents = torch.cat([latents, noised(latents, self.settings.noise, self.settings.seed)])
         # Decoded once: the full decoder costs more than a step of the tiny one's training.
         wanted = torch.from_numpy(drawn.pictures(self.pipeline, latents.to(self.device)))
+        weights = picture_weights(wanted, self.settings.detail_balance)
         scaling_factor = tiny.config.scaling_factor
 
         def loss(decoder: nn.Module, batch: Batch) -> Tensor:
             rows = torch.from_numpy(batch.rng().integers(len(latents), size=batch.size))
             goal = wanted[rows].to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
             made = decoder(latents[rows].to(self.device) / scaling_factor)
-            total = picture_loss(made.float(), goal)
+            each = picture_losses(made.float(), goal)
+            total = (weights[rows].to(self.device) * each).mean()
             if self.settings.feature_weight:
                 features = feature_loss(self.pipeline.vae.encoder, made, goal)
                 total = total + self.settings.feature_weight * features
@@ -224,20 +226,37 @@ def noised(latents: Tensor, most: float, seed: int) -> Tensor:
     return latents + level * torch.randn(latents.shape, generator=generator)
 
 
-def picture_loss(made: Tensor, wanted: Tensor) -> Tensor:
-    """How far pictures (N, 3, H, W) in [-1, 1] are from others, at several sizes.
+def picture_weights(pictures: Tensor, balance: float) -> Tensor:
+    """How much each picture (N, H, W, 3), uint8, counts in the loss; 1 on average.
+
+    A small shape on a plain ground is a small part of any loss over all pixels, and so is learned
+    last. So each picture counts by the inverse of its detail, the mean difference of neighbours,
+    to the power of `balance`; one of nearly none counts as one of a twentieth of the mean.
+    """
+    detail = torch.stack([p.float().diff(dim=0).abs().mean() for p in pictures])
+    detail += torch.stack([p.float().diff(dim=1).abs().mean() for p in pictures])
+    weights = detail.clamp_min(max(float(detail.mean()) / 20, 1e-6)) ** -balance
+    return weights / weights.mean()
+
+
+def picture_losses(made: Tensor, wanted: Tensor) -> Tensor:
+    """How far each picture (N, 3, H, W) in [-1, 1] is from another, at several sizes: (N,).
 
     At each size the mean absolute difference of values, and that of differences between neighbours
     (which blurred edges fail), and at full size the mean square, which is the PSNR's.
     """
-    total = F.mse_loss(made, wanted)
+    total = _means((made - wanted) ** 2)
     for level in range(LEVELS):
         if level:
             made, wanted = F.avg_pool2d(made, 2), F.avg_pool2d(wanted, 2)
-        total = total + F.l1_loss(made, wanted)
+        total = total + _means((made - wanted).abs())
         for axis in (-2, -1):
-            total = total + F.l1_loss(made.diff(dim=axis), wanted.diff(dim=axis))
+            total = total + _means((made.diff(dim=axis) - wanted.diff(dim=axis)).abs())
     return total
+
+
+def _means(values: Tensor) -> Tensor:
+    return values.mean(dim=(1, 2, 3))
 
 
 def feature_loss(encoder: Any, made: Tensor, wanted: Tensor) -> Tensor:

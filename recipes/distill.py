@@ -312,7 +312,9 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", required=True, metavar="NAME", help="or a .yaml file")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder"
+    )
     overrides.add_arguments(parser)
     arguments = parser.parse_args(argv)
     recipe = schema.load(arguments.recipe, overrides.from_arguments(arguments))

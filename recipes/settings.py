@@ -250,6 +250,12 @@ class DecoderSettings(TrainingSettings):
     feature_weight: float = Field(
         default=0.0, ge=0, description="of the loss on the VAE encoder's features of the pictures"
     )
+    detail_balance: float = Field(
+        default=0.0,
+        ge=0,
+        le=2,
+        description="1: each picture counts by the inverse of its detail; 0: all alike",
+    )
     held_out: int = Field(
         default=16, ge=0, le=10_000, description="latents to measure the PSNR on; 0: not measured"
     )

@@ -34,7 +34,7 @@ RECORD = "record.json"
 TRAINING = "training"
 LEFT = (".png", ".csv", ".safetensors")
 """What a training leaves beside its result, in `TRAINING`: pictures, curves, a LoRA."""
-ADDED_LATER = {"distill": "lora_rank", "prune": "channels"}
+ADDED_LATER = {"distill": "lora_rank", "prune": "channels", "decoder": "detail_balance"}
 """By stage: a setting that came after results had been kept. With its default it is no part of a
 key, so that those results are still found."""
 
@@ -177,6 +177,16 @@ class Done:
         ahead = replace(self, inputs=list(self.inputs))
         return [_is_kept(ahead.add(stage)[1]) for stage in chosen]
 
+    def check_ready(self, chosen: Sequence[Stage], trained: Sequence[bool]) -> None:
+        """Refuse what no training here could end, before any stage works.
+
+        trained: for each of the stages, whether it would train.
+        """
+        steps = [getattr(stage.settings, "iterations", 1) for stage in chosen]
+        trains = any(here and count > 0 for here, count in zip(trained, steps, strict=True))
+        if trains and importlib.util.find_spec("matplotlib") is None:
+            raise missing_backend("matplotlib", "train", "training")
+
     @contextlib.contextmanager
     def work(self, stage: Stage, trained: tuple[str, ...], teacher: Any) -> Iterator[Work]:
         """The stage's place to work. Only one process at a time trains the same thing."""
@@ -192,9 +202,6 @@ class Done:
         if not _is_main_process():
             yield work
             return
-        trains = getattr(stage.settings, "iterations", 1) > 0
-        if trains and importlib.util.find_spec("matplotlib") is None:
-            raise missing_backend("matplotlib", "train", "training")
         with _alone(folder):
             yield work
         shutil.rmtree(folder, ignore_errors=True)

@@ -138,7 +138,9 @@ def main(argv: list[str]) -> int:
         description="Train the embedded model. A run that was stopped goes on where it stood.",
         epilog="example: python -m recipes.pocket.train --output runs/pocket",
     )
-    parser.add_argument("--output", type=Path, required=True, help="checkpoints and model go here")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="checkpoints and model go here"
+    )
     parser.add_argument("--stage", default="all", help=f"all (default), {', '.join(STEPS)}")
     parser.add_argument("--steps", type=int, help="steps of the one stage, in place of its own")
     parser.add_argument("--seed", type=int, default=0)

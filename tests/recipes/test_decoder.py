@@ -341,6 +341,32 @@ class TestDistil:
 
 
 class TestLosses:
+    def test_a_small_shape_counts_as_much_as_a_large_one(self) -> None:
+        pictures = torch.zeros(3, 32, 32, 3, dtype=torch.uint8)  # the third is plain
+        pictures[0, 4:8, 4:8] = 255
+        pictures[1, 4:20, 4:20] = 255
+        assert decoder.picture_weights(pictures, 0.0).tolist() == [1, 1, 1]
+        small, large, plain = decoder.picture_weights(pictures, 1.0).tolist()
+        assert small == pytest.approx(4 * large)  # its edges are a quarter as long
+        assert small < plain < 20 * small
+        assert small + large + plain == pytest.approx(3)
+
+    def test_pictures_of_no_detail_count_alike(self) -> None:
+        plain = torch.full((4, 8, 8, 3), 7, dtype=torch.uint8)
+        assert decoder.picture_weights(plain, 1.0).tolist() == pytest.approx([1] * 4)
+
+    def test_a_balanced_loss_trains_another_decoder(self, prompts: Path, tmp_path: Path) -> None:
+        results = [
+            stages.apply(
+                make_small_pipeline(),
+                recipe(prompts, **TRAINED, detail_balance=balance),
+                cache=tmp_path,
+            )
+            for balance in (0.0, 1.0)
+        ]
+        plain, balanced = (applied.pipeline.vae.decoder.state_dict() for applied in results)
+        assert any(not torch.equal(plain[name], balanced[name]) for name in plain)
+
     @pytest.mark.parametrize("loss", ["picture", "feature"])
     def test_it_is_zero_for_the_same_picture_and_grows_with_the_difference(self, loss: str) -> None:
         encoder = make_tiny_pipeline().vae.encoder
@@ -349,7 +375,7 @@ class TestLosses:
         with torch.no_grad():
             figures = [
                 float(
-                    decoder.picture_loss(wanted + share * other, wanted)
+                    decoder.picture_losses(wanted + share * other, wanted)
                     if loss == "picture"
                     else decoder.feature_loss(encoder, wanted + share * other, wanted)
                 )

@@ -119,6 +119,33 @@ def test_weights_of_every_part_are_in_it(pipeline: Any) -> None:
     assert len(found) == 4
 
 
+@pytest.mark.parametrize(
+    ("stage", "settings", "later"),
+    [
+        ("distill", {"method": "output", "steps": 1, "iterations": 1}, {"lora_rank": 2}),
+        ("decoder", {"iterations": 1}, {"detail_balance": 1.0}),
+    ],
+)
+def test_a_setting_that_came_later_changes_no_key_by_default(
+    stage: str, settings: dict[str, Any], later: dict[str, Any], tmp_path: Path
+) -> None:
+    """Else the results that people have kept would be trained anew."""
+
+    def told(**more: Any) -> Any:
+        data = {"name": "x", "source": {"model": "embedded"}, "resolution": 64}
+        data |= {
+            "schedule": {"steps": 1, "guidance_scale": 0.0},
+            "stages": [{stage: {"warmup": 0, **settings, **more}}],
+        }
+        done = work.Done(schema.parse(data), tmp_path, [])
+        key, _ = done.add(done.recipe.stages[0])
+        return key, done.inputs[0][1]
+
+    key, contents = told()
+    assert work.ADDED_LATER[stage] not in contents
+    assert told(**later)[0] != key
+
+
 def recipe(prompts: Path, seed: int = 0) -> schema.Recipe:
     settings = {"method": "lcm", "steps": 1, "iterations": 1, "warmup": 0, "batch": 1}
     settings |= {"pictures": 1, "draw_steps": 1, "prompts": str(prompts), "seed": seed}
@@ -148,8 +175,14 @@ def test_without_matplotlib_a_training_is_refused_before_anything_is_drawn(
     monkeypatch.setattr(importlib.util, "find_spec", find_others)
     monkeypatch.setattr(drawn, "draw", None)
     monkeypatch.setattr(drawn, "sample", None)
-    with pytest.raises(UserError, match=r"training needs matplotlib.*pocket-diffusion\[train\]"):
-        stages.apply(make_tiny_pipeline(), recipe(prompts, seed=1), cache=cache)
+    begun: list[str] = []
+    anew = recipe(prompts, seed=1)
+    pruned = schema.parse({**anew.resolved(), "stages": [{"prune": {"attention_levels": [0]}}]})
+    both = anew.model_copy(update={"stages": (*pruned.stages, *anew.stages)})
+    for asked in (anew, both):
+        with pytest.raises(UserError, match=r"training needs matplotlib.*diffusion\[train\]"):
+            stages.apply(make_tiny_pipeline(), asked, cache=cache, progress=begun.append)
+    assert begun == []
     (kept,) = cache.iterdir()
     again = stages.apply(make_tiny_pipeline(), recipe(prompts), cache=cache)  # nothing to train
     assert again.records[0]["result"] == kept.name
