@@ -21,12 +21,19 @@ CLASSES = {
 
 
 def choose_scheduler(own: Any, name: str) -> Any:
-    """The recipe's scheduler with the noise schedule of the pipeline's own; 'source' keeps that."""
+    """The recipe's scheduler with the noise schedule of the pipeline's own; 'source' keeps that.
+
+    A class that would clip its samples to [-1, 1] by default, as pictures want it, does not do so
+    with latents: diffusers' StableDiffusionPipeline switches that off for every scheduler too.
+    """
     if name == "source":
         return own
     import diffusers
 
-    return getattr(diffusers, CLASSES[name]).from_config(own.config)
+    chosen = getattr(diffusers, CLASSES[name]).from_config(own.config)
+    if getattr(chosen.config, "clip_sample", False):
+        chosen = type(chosen).from_config(chosen.config, clip_sample=False)
+    return chosen
 
 
 def with_steps(scheduler: Any, steps: int) -> Any:

@@ -22,6 +22,7 @@ from mobile_runtime.bench import ratio_of
 from mobile_runtime.errors import PocketError
 from mobile_runtime.machine import peak_memory
 from mobile_runtime.parity import SSIM_WINDOW, picture_psnr_db, picture_ssim
+from mobile_runtime.reference.models import graphs_compiled
 from mobile_runtime.reference.parts import Parts
 from mobile_runtime.reference.pipeline import ReferencePipeline, noise_of, told_memory
 from mobile_runtime.reference.rows import Row
@@ -47,8 +48,9 @@ class Measured:
 
     peak_bytes: of a picture after the warm-up: on a GPU of its memory, the row's models included;
     on a CPU, how much the process grew. floor_s: what the arithmetic and the weights' bytes take at
-    the machine's measured rates. first_s: the first call, with all that is compiled in it. status:
-    `done`, or why not.
+    the machine's measured rates. first_s: the first call, with all that is compiled in it;
+    compiled: how many graphs were compiled in it, those that an earlier run left in the cache not
+    counted. status: `done`, or why not.
     """
 
     kind: str
@@ -66,6 +68,7 @@ class Measured:
     times_low: float | None = None
     times_high: float | None = None
     first_s: float | None = None
+    compiled: int = 0
     rounds: int = 0
     peak_bytes: int | None = None
     psnr_db: float | None = None
@@ -131,9 +134,10 @@ class Bench:
                 pipeline = ReferencePipeline(self.parts, settings, self.machine.device)
                 draw = self._drawer(pipeline, row)
             self.tell("first call, which may compile")
-            began = time.perf_counter()
+            compiled, began = graphs_compiled(), time.perf_counter()
             draw(*self._inputs(row, found.steps))
             found.first_s = time.perf_counter() - began
+            found.compiled = graphs_compiled() - compiled
             draw(*self._inputs(row, found.steps))
             # After what compiling and choosing kernels took.
             with peak(self.machine) as most_so_far:

@@ -163,7 +163,21 @@ def _compiler(settings: Settings, machine: Machine) -> Callable[[Any], Any]:
     if settings.tensorrt:
         import torch_tensorrt  # noqa: F401
 
-        return lambda function: torch.compile(function, backend="tensorrt", dynamic=False)
+        # Engines are kept without their weights, and found again by the next process. By default a
+        # failed build would run PyTorch's own kernels in the engine's place, and say nothing.
+        kept = cache_root() / "tensorrt"
+        options: dict[str, Any] = {
+            "pass_through_build_failures": True,
+            "disable_tf32": not settings.tf32,
+            "immutable_weights": False,
+            "cache_built_engines": True,
+            "reuse_cached_engines": True,
+            "engine_cache_dir": str(kept),
+            "timing_cache_path": str(kept / "timings.bin"),
+        }
+        return lambda function: torch.compile(
+            function, backend="tensorrt", dynamic=False, fullgraph=True, options=options
+        )
     # Each batch size is a shape of its own, and PyTorch gives up after eight.
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, SHAPES)
@@ -184,6 +198,14 @@ def _compiler(settings: Settings, machine: Machine) -> Callable[[Any], Any]:
         return call
 
     return compiled
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has compiled in this process; not those it found in its cache."""
+    from torch._dynamo.utils import counters
+
+    found = counters["inductor"]
+    return int(found["fxgraph_cache_miss"] + found["fxgraph_cache_bypass"])
 
 
 @contextlib.contextmanager

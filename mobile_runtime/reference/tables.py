@@ -51,6 +51,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if row["times_low"] is not None:
         times += f" ({row['times_low']:.2f}-{row['times_high']:.2f})"
     judged = number("judged", ".1f", 100)
+    first = number("first_s", ".3g")
+    if row["compiled"]:
+        first += f", {row['compiled']} compiled"
+    elif "compile" in row["switches"]:
+        first += ", kernels kept"
     return [
         row["name"],
         str(row["steps"]),
@@ -60,7 +65,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         times,
         number("pictures_per_second", ".3g"),
         number("peak_bytes", ".0f", 1e-6),
-        number("first_s", ".3g"),
+        first,
         "equal" if row["equal"] else number("psnr_db", ".1f"),
         number("ssim", ".4f"),
         f"{judged} % of {row['judged_pictures']}" if judged else "",
@@ -90,7 +95,8 @@ def _notes(data: dict[str, Any]) -> list[str]:
         f"{data['threads']} threads",
         f"measured rates: {rates} tera multiply-adds a second; {1e-9 * speed['bytes']:.3g} GB/s",
         "PSNR and SSIM are against exact with the same schedule; times: each row in turns with "
-        "exact, with its 95 % interval; floor: multiply-adds and bytes at the measured rates",
+        "exact, with its 95 % interval; floor: multiply-adds and bytes at the measured rates; "
+        "first call: with the graphs that were compiled in it, or with kernels that were kept",
     ]
     return notes + [f"left out: {name}: {why}" for name, why in data["left_out"].items()]
 

@@ -247,7 +247,7 @@ def test_a_picture_of_no_numbers_is_no_picture(small: Parts) -> None:
 
 @pytest.mark.full_size
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("scheduler", ["euler", "dpm_solver_pp_2m"])
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm_solver_pp_2m"])
 def test_exact_is_diffusers_own_pipeline_at_full_size(scheduler: str) -> None:
     changes = {"source.model": "random:sd_turbo", "resolution": 256}
     parts = opening.open_recipe(schema.load("sd_turbo_int8", changes).resolved())

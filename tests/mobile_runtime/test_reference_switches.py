@@ -1,5 +1,8 @@
 """Each switch of the desktop pipeline keeps the picture as near as it promises, or is told."""
 
+import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 from mobile_runtime.__main__ import main
 from mobile_runtime.errors import UserError, run_cli
 from mobile_runtime.parity import picture_psnr_db
-from mobile_runtime.reference import EXACT, Parts, ReferencePipeline, Settings, switches
+from mobile_runtime.reference import EXACT, Parts, ReferencePipeline, Settings, models, switches
 from mobile_runtime.reference import rows as planning
 from mobile_runtime.reference.deep_cache import DeepCache
 from mobile_runtime.reference.merged_tokens import merging
@@ -82,6 +85,46 @@ def test_each_model_is_one_graph_for_all_prompts(small: Parts, monkeypatch: Any)
     monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
     compiled_twice(small)
     assert asked == [{"mode": "default", "dynamic": False, "fullgraph": True}] * 3
+
+
+def test_tensorrt_keeps_its_engines_and_hides_no_failed_build(
+    small: Parts, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """By the options that Torch-TensorRT is given, which is not at hand."""
+    asked: list[dict[str, Any]] = []
+
+    def compile_(function: Any, **options: Any) -> Any:
+        asked.append(options)
+        return function
+
+    monkeypatch.setenv("POCKET_DIFFUSION_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", types.ModuleType("torch_tensorrt"))
+    monkeypatch.setattr(torch, "compile", compile_)
+    models.prepare(small, replace(EXACT, tensorrt=True), CPU)
+    assert [options["backend"] for options in asked] == ["tensorrt"] * 3
+    for options in (each["options"] for each in asked):
+        assert options["pass_through_build_failures"]
+        assert options["cache_built_engines"]
+        assert options["reuse_cached_engines"]
+        assert options["disable_tf32"]
+        assert Path(options["engine_cache_dir"]) == tmp_path / "tensorrt"
+
+
+@pytest.mark.skipif(SWITCHES["compile"].missing(CPU) is not None, reason="needs a C++ compiler")
+def test_a_graph_that_the_cache_has_is_not_counted_as_compiled(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def compiled() -> int:
+        torch._dynamo.reset()
+        before = models.graphs_compiled()
+        with torch.no_grad():
+            torch.compile(lambda x: x.sin() + x.relu(), dynamic=False)(torch.ones(1000))
+        return models.graphs_compiled() - before
+
+    assert [compiled(), compiled()] == [1, 0]
+    torch._dynamo.reset()
 
 
 @pytest.mark.full_size
