@@ -271,16 +271,18 @@ def _pipeline_maker(
 
 
 def _golden_prompts(recipe: Recipe) -> tuple[GoldenPrompt, ...]:
-    """Each prompt with seeds of its own, all of them different."""
-    wanted = [prompt for prompt in recipe.golden_prompts for _ in range(recipe.golden_seeds)]
+    """Each prompt with seeds of its own, all of them different; the first by each other table."""
+    default, *others = recipe.schedule.every_steps
+    wanted = [(text, default) for text in recipe.golden_prompts for _ in range(recipe.golden_seeds)]
+    wanted += [(recipe.golden_prompts[0], steps) for steps in others]
     return tuple(
         GoldenPrompt(
             prompt=prompt,
             seed=seed,
-            steps=recipe.schedule.steps,
+            steps=steps,
             guidance_scale=recipe.schedule.guidance_scale,
         )
-        for seed, prompt in enumerate(wanted)
+        for seed, (prompt, steps) in enumerate(wanted)
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mobile_runtime.errors import UserError
-from mobile_runtime.manifest import Gates, Target
+from mobile_runtime.manifest import TRAJECTORY_SNR_DB, Gates, Target
 from recipes.schema import Recipe
 
 Precision = Literal["auto", "float32", "float16"]
@@ -145,6 +145,7 @@ def gates(recipe: Recipe, scheme: Scheme) -> Gates:
         component_snr_db=None if integers else 60.0,
         float16_snr_db=45.0 if scheme.arithmetic == "float16" else None,
         layer_snr_db=45.0 if integers else None,
+        trajectory_snr_db=TRAJECTORY_SNR_DB if integers else 30.0,
         # Where a few steps flip, all later roundings do: the picture is then as far from torch's as
         # both are from the float picture (36 dB, on the embedded model).
         picture_psnr_db=30.0 if scheme.name == "w8a8" else 40.0,

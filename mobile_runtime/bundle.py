@@ -95,6 +95,11 @@ class Bundle:
         """The path of a file of the bundle."""
         return self.path / relative
 
+    def files(self) -> list[tuple[str, Path]]:
+        """All that the bundle is, by relative path; other files that lie in the folder are not."""
+        names = [MANIFEST, *(entry.path for entry in self.manifest.files)]
+        return [(name, self.file(name)) for name in names]
+
     def golden(self, relative: str) -> dict[str, np.ndarray]:
         """The tensors of one golden file."""
         try:

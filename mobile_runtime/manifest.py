@@ -7,7 +7,7 @@ keys that it does not know, so that a misspelt key is an error and not a silent 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +20,8 @@ from pydantic import (
 )
 
 SCHEMA_VERSION = 1
+
+T = TypeVar("T", str, int)
 
 Target = Literal["onnx", "coreml", "executorch"]
 ComponentName = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
@@ -36,8 +38,15 @@ def _inside(path: str) -> str:
     return path
 
 
-def _repeated(names: Sequence[str]) -> list[str]:
+def _repeated(names: Sequence[T]) -> list[T]:
     return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _belongs(file: str, model: str) -> bool:
+    """Whether a file is a model's: itself, one of a package, or external data beside it."""
+    path, whole = PurePosixPath(file), PurePosixPath(model)
+    beside = path.parent == whole.parent and path.name.startswith(whole.stem)
+    return beside or whole in path.parents
 
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
@@ -71,9 +80,9 @@ class ComponentEntry(Strict):
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     scheme: str = Field(description="float32, float16, w8, w8a8_dynamic, ...: what the file holds")
-    parameters: int
-    macs: int = Field(description="multiply-adds of one call")
-    bytes: int = Field(description="the model's files, weights included")
+    parameters: NonNegativeInt
+    macs: NonNegativeInt = Field(description="multiply-adds of one call")
+    bytes: PositiveInt = Field(description="the model's files, weights included")
     details: dict[str, Any] = Field(
         default_factory=dict,
         description="what the target adds: opset, deployment target, delegate calls, ...",
@@ -209,24 +218,35 @@ class Golden(Strict):
         return self
 
 
+TRAJECTORY_SNR_DB = 10.0
+"""Below it, latents have nothing to do with their reference."""
+
+Gate = Annotated[float, Field(gt=0)]
+"""At 0 dB the error is as large as the signal."""
+
+
 class Gates(Strict):
     """The figures a bundle has to reach. None: measured and told, not gated."""
 
-    component_snr_db: float | None = Field(description="each component, same-function reference")
-    float16_snr_db: float | None = Field(
+    component_snr_db: Gate | None = Field(description="each component, same-function reference")
+    float16_snr_db: Gate | None = Field(
         default=None,
         description="each component in float16 arithmetic, same-function reference; "
         "component_snr_db is for float32",
     )
-    layer_snr_db: float | None = Field(
+    layer_snr_db: Gate | None = Field(
         default=None,
         description="each quantized layer on the same inputs, where activations are quantized",
     )
-    picture_psnr_db: float | None = Field(description="whole pipeline, same-function reference")
-    source_component_snr_db: float | None = Field(
+    trajectory_snr_db: Gate | None = Field(
+        default=TRAJECTORY_SNR_DB,
+        description="the latents after each step, same-function reference",
+    )
+    picture_psnr_db: Gate | None = Field(description="whole pipeline, same-function reference")
+    source_component_snr_db: Gate | None = Field(
         default=None, description="each component against the source pipeline before the stages"
     )
-    source_picture_psnr_db: float | None = None
+    source_picture_psnr_db: Gate | None = None
 
 
 class FileEntry(Strict):
@@ -267,9 +287,44 @@ class Manifest(Strict):
         faults = [f"there is no {name}" for name in PIPELINE_COMPONENTS if name not in names]
         faults += [f"the component {name} is listed twice" for name in _repeated(names)]
         faults += [f"the file {path} is listed twice" for path in _repeated(paths)]
+        faults += self._faults_of_sizes() + self._faults_of_schedules()
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _faults_of_sizes(self) -> list[str]:
+        """A component has the bytes of its files."""
+        faults = []
+        for entry in self.components:
+            sizes = [file.bytes for file in self.files if _belongs(file.path, entry.path)]
+            # A model without files is told where they are opened.
+            if sizes and (size := sum(sizes)) != entry.bytes:
+                faults.append(
+                    f"the component {entry.name} has {entry.bytes} bytes, and its files have {size}"
+                )
+        return faults
+
+    def _faults_of_schedules(self) -> list[str]:
+        """One table a number of steps, and golden prompts for what an app does by default."""
+        own = self.generation
+        steps = [table.steps for table in self.schedules]
+        faults = [f"there are two schedules of {count} steps" for count in _repeated(steps)]
+        wanted = [own.default_steps, *(prompt.steps for prompt in self.golden.prompts)]
+        faults += [
+            f"there is no schedule of {count} steps"
+            for count in dict.fromkeys(wanted)
+            if count not in steps
+        ]
+        default = (own.default_steps, own.guidance_scale, own.negative_prompt)
+        if self.golden.prompts and default not in [
+            (prompt.steps, prompt.guidance_scale, prompt.negative_prompt)
+            for prompt in self.golden.prompts
+        ]:
+            faults.append(
+                f"no golden prompt is drawn as an app draws by default, in {own.default_steps} "
+                f"steps with guidance {own.guidance_scale:g}"
+            )
+        return faults
 
     def component(self, name: str) -> ComponentEntry | None:
         """The entry of one component, or None."""

@@ -23,10 +23,9 @@ NOISE_SNR_DB = 120.0
 SAMPLER_SNR_DB = 120.0
 
 
-def prompt_kinds(bundle: Bundle, index: int) -> list[Kind]:
+def prompt_kinds() -> list[Kind]:
     """The checks that a golden prompt gets, once the pipeline runs."""
-    kinds: list[Kind] = ["tokens", "noise", "outputs", "trajectory", "picture", "source_picture"]
-    return [*kinds, "sampler"] if prompt_case(bundle, index).between else kinds
+    return ["sampler", "tokens", "noise", "outputs", "trajectory", "picture", "source_picture"]
 
 
 def check_prompt(
@@ -36,7 +35,7 @@ def check_prompt(
     tell = Teller(PIPELINE, runtime.label, index)
     case, gates = prompt_case(bundle, index), bundle.manifest.gates
     # The manifest's own numbers: they are replayed here, wherever the models ran.
-    checks = [_sampler(tell, bundle, case)] if case.between else []
+    checks = [_sampler(tell, bundle, case)]
     if run.ids is not None:
         checks.append(_tokens(tell, bundle, case.golden.prompt, run.ids))
     if run.noise is not None:
@@ -48,7 +47,8 @@ def check_prompt(
     sound = "the trajectory has the shape and dtype of the reference, all finite"
     checks.append(tell("outputs", *(("pass", sound) if fault.sound else ("fail", fault.reason))))
     if fault.sound:
-        checks.append(_trajectory(tell, case.trajectory, made.trajectory))
+        gate_db = gates.trajectory_snr_db
+        checks.append(_trajectory(tell, case.trajectory, made.trajectory, gate_db))
     for kind, wanted, gate_db in (
         ("picture", case.picture, gates.picture_psnr_db),
         ("source_picture", case.source_picture, gates.source_picture_psnr_db),
@@ -68,6 +68,8 @@ def check_prompt(
                 equal=psnr_db == np.inf,
             )
         )
+    if (made.picture.dtype, made.picture.shape) != (case.picture.dtype, case.picture.shape):
+        return checks, None  # which its check tells
     shown = Pictures(
         prompt=case.golden.prompt,
         seed=case.golden.seed,
@@ -113,17 +115,21 @@ def _noise(tell: Teller, case: PromptCase, given: np.ndarray) -> Check:
     )
 
 
-def _trajectory(tell: Teller, reference: np.ndarray, output: np.ndarray) -> Check:
-    """Latents step by step: told, so that a drift can be seen where it starts; not gated."""
+def _trajectory(
+    tell: Teller, reference: np.ndarray, output: np.ndarray, gate_db: float | None
+) -> Check:
+    """Latents step by step, the noise that they begin with too: a drift is seen where it starts."""
     verdicts = [
-        check_tensor(f"step {k}", reference[k], output[k]) for k in range(1, len(reference))
+        check_tensor(f"step {k}" if k else "the beginning", wanted, given, gate_db=gate_db)
+        for k, (wanted, given) in enumerate(zip(reference, output, strict=True))
     ]
     worst = min(verdicts, key=rank)
-    by_step = [finite(v.figures.snr_db) if v.figures else None for v in verdicts]
+    by_step = [finite(v.figures.snr_db) if v.figures else None for v in verdicts[1:]]
     return tell(
         "trajectory",
-        "not_gated",
-        f"the worst of {len(verdicts)} steps is {worst.reason}",
+        worst.status,
+        f"the worst of {len(verdicts) - 1} steps is {worst.reason}",
+        gate=gate_db,
         details={"snr_db_by_step": by_step},
         **figures_of(worst),
     )
@@ -134,6 +140,9 @@ def _sampler(tell: Teller, bundle: Bundle, case: PromptCase) -> Check:
 
     The schedule's rows, the guidance, the scaling of inputs and latents. No model runs.
     """
+    if not case.between:
+        reason = "the bundle does not hold PyTorch's model outputs to replay; convert it again"
+        return tell("sampler", "not_run", reason).model_copy(update={"gated": False})
     verdicts = []
     try:
         pipeline, fed = _replayed(bundle, case)

@@ -16,6 +16,7 @@ import datetime
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,9 @@ from mobile_runtime.errors import UserError, choices
 from mobile_runtime.goldens import golden_cases, prompt_case
 from mobile_runtime.judge import Judged, judge_component, judge_prompts
 from mobile_runtime.latency import WARM_UP, environment
+from mobile_runtime.machine import peak_memory
 from mobile_runtime.manifest import ComponentName
+from mobile_runtime.progress import AFTER_S, told
 from mobile_runtime.reference import stored
 from mobile_runtime.report import (
     PIPELINE,
@@ -38,6 +41,7 @@ from mobile_runtime.report import (
     DeviceRun,
     Report,
     Size,
+    check_replaceable,
     check_writable,
     conclude,
     format_table,
@@ -58,8 +62,6 @@ from mobile_runtime.runs import (
 UNTIMED = ("mil",)
 """An interpreter's time says nothing about a device."""
 DEFAULT_REPEATS = 5
-# A bar for what takes longer than this; nothing flashes by before.
-PROGRESS_AFTER_S = 2.0
 
 
 def runtimes(
@@ -128,9 +130,11 @@ def run_here(
     if runtime.backend in UNTIMED:
         repeats = 0
     warm_up = WARM_UP if repeats else 0
-    return run_component(
-        bundle, component, runtime, inputs, warm_up=warm_up, repeats=repeats, step=step
-    )
+    with peak_memory() as peak:
+        run = run_component(
+            bundle, component, runtime, inputs, warm_up=warm_up, repeats=repeats, step=step
+        )
+        return run if isinstance(run, NoRun) else replace(run, peak_bytes=peak())
 
 
 def draw_here(
@@ -148,9 +152,13 @@ def draw_here(
     for index in prompts:
         case = prompt_case(bundle, index)
         timed = repeats if index == prompts[0] else 0
-        runs[index] = run_prompt(
-            loaded, case.golden, case.noise, case.fresh_noise, repeats=timed, step=step
-        )
+        with peak_memory() as peak:
+            run = run_prompt(
+                loaded, case.golden, case.noise, case.fresh_noise, repeats=timed, step=step
+            )
+            if not isinstance(run.made, NoRun):
+                run = replace(run, made=replace(run.made, peak_bytes=peak()))
+        runs[index] = run
     return runs
 
 
@@ -222,7 +230,7 @@ def _bar(total: int, progress: bool) -> Iterator[Step]:
     """A progress bar on stderr, where that is a terminal, that names what is being run."""
     # disable=None: no bar where the output is not a terminal.
     disable = None if progress else True
-    with tqdm(total=total, disable=disable, delay=PROGRESS_AFTER_S, leave=False, unit="run") as bar:
+    with tqdm(total=total, disable=disable, delay=AFTER_S, leave=False, unit="run") as bar:
         running = False
 
         def step(text: str) -> None:
@@ -271,6 +279,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=positive, metavar="N", help="only the first N golden prompts"
     )
     parser.add_argument(
+        "-o",
         "--output",
         type=Path,
         metavar="DIR",
@@ -335,16 +344,15 @@ def _here(bundle: Bundle, args: argparse.Namespace) -> Report:
     )
 
 
-def _on_devices(bundle: Bundle, args: argparse.Namespace) -> Report:
+def _on_devices(bundle: Bundle, args: argparse.Namespace, whole: list[Path]) -> Report:
     from mobile_runtime.on_devices import Asked, validate_on
 
     options = backends.parse_options(args.option)
     name = args.backend or backends.default_backend(bundle.manifest.target)
     backends.check_options(name, options)
     asked = Asked(name, options, args.prompts, args.repeats, args.timeout, args.layers)
-    # disable=None: nothing where the output is not a terminal.
-    with tqdm(disable=None, bar_format="{desc} {elapsed}", delay=PROGRESS_AFTER_S) as line:
-        return validate_on(bundle, args.device, asked, line.set_description)
+    with told() as tell:
+        return validate_on(bundle, args.device, asked, tell, whole)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -357,6 +365,10 @@ def run(args: argparse.Namespace) -> int:
     bundle = gates.with_gates(Bundle.open(args.bundle), asked)
     # A validation may take minutes; a report that cannot be kept is told before.
     check_writable(args.output or bundle.path)
+    if args.output:
+        check_replaceable(args.output)
+    if args.save_baseline and args.save_baseline.is_file():
+        baseline.read(args.save_baseline)  # anything else that lies there is not replaced
     for option, path in (("--save-baseline", args.save_baseline), ("--markdown", args.markdown)):
         if path is not None and (path.is_dir() or not path.name):
             raise UserError(f"{option} {str(path)!r} is no file; name one")
@@ -366,8 +378,9 @@ def run(args: argparse.Namespace) -> int:
         stored.read(args.reference, bundle)
     before = baseline.read(args.baseline) if args.baseline else None
     if before:
-        baseline.compare(bundle, (), before)  # of another bundle: told before anything runs
-    report = _on_devices(bundle, args) if args.device else _here(bundle, args)
+        baseline.check_bundle(bundle, before)
+    whole: list[Path] = []
+    report = _on_devices(bundle, args, whole) if args.device else _here(bundle, args)
     report = report.model_copy(update={"asked_gates": asked, "asked": _asked(args)})
     models = [check for check in report.checks if check.kind == "outputs"]
     if all(check.status == "not_run" for check in models):
@@ -377,6 +390,10 @@ def run(args: argparse.Namespace) -> int:
     if args.reference:
         report = stored.beside(report, bundle, args.reference)
     _, html = write_report(report, args.output or bundle.path)
+    if whole:
+        from mobile_runtime.on_devices import forget
+
+        forget(whole)
     if args.save_baseline and report.verdict == "pass":
         baseline.write(args.save_baseline, baseline.of(bundle, report.checks))
     elif args.save_baseline:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import LayerPlan
@@ -400,6 +401,13 @@ def _calibrated(
             "int8_macs": _of_all_macs(found.macs, scales, calls),
             "layers_int8_static": len(scales),
         }
+        least = keep.macs if keep and keep.macs is not None else 0.0
+        for name, reached in record["int8_macs_of_layers"].items():
+            if reached < least:
+                tqdm.write(
+                    f"quantize: keep.macs asks for {least:.1%} of the multiply-adds of {name}'s "
+                    f"layers in INT8, and the rules and defaults leave {reached:.1%}"
+                )
     return plans, scales, record
 
 

@@ -20,7 +20,7 @@ from mobile_runtime.errors import UserError
 from mobile_runtime.parity import picture_psnr_db
 from recipes import drawn, prompts
 from recipes.component_folder import attend_as_opened
-from recipes.decoder import picture_loss
+from recipes.decoder import picture_losses
 from recipes.losses import Noise, check_fit
 from recipes.measure import latent_size, vae_factor, with_modules
 from recipes.schema import Recipe
@@ -159,7 +159,8 @@ class _Lesson:
         def loss(decoder: nn.Module, batch: Batch) -> Tensor:
             rows = torch.from_numpy(batch.rng().integers(len(latents), size=batch.size))
             made = decoder(latents[rows].to(self.device))
-            return picture_loss(made.float(), _floats(self.wanted[rows], self.device))
+            wanted = _floats(self.wanted[rows], self.device)
+            return picture_losses(made.float(), wanted).mean()
 
         settings = self.settings.model_copy(update={"iterations": self.settings.decoder_iterations})
         job = Job("vae-decoder", self.vae.decoder, loss, settings, self.work.folder, self.work.key)

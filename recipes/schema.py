@@ -135,6 +135,7 @@ class GateOverrides(Strict):
     component_snr_db: float | None = Field(default=None, gt=0)
     float16_snr_db: float | None = Field(default=None, gt=0)
     layer_snr_db: float | None = Field(default=None, gt=0)
+    trajectory_snr_db: float | None = Field(default=None, gt=0)
     picture_psnr_db: float | None = Field(default=None, gt=0)
     source_component_snr_db: float | None = Field(default=None, gt=0)
     source_picture_psnr_db: float | None = Field(default=None, gt=0)

@@ -172,7 +172,15 @@ def apply(
     teacher = pipeline.unet
     before = _measure(pipeline, recipe)
     looked: probe.Seen | None = _look(pipeline, recipe) if chosen else None
-    needless = _needless(chosen, done.kept(chosen)) if seen is None and keeps else set()
+    kept = done.kept(chosen) if keeps else [False] * len(chosen)
+    needless = _needless(chosen, kept) if seen is None else set()
+    done.check_ready(
+        chosen,
+        [
+            bool(STAGES[stage.name].trained) and not kept[index] and index not in needless
+            for index, stage in enumerate(chosen)
+        ],
+    )
     for index, stage in enumerate(chosen):
         progress(stage.name)
         functions = STAGES[stage.name]

@@ -176,6 +176,14 @@ def changed(data: Any, path: str, value: Any) -> Any:
         ("golden.components", {}, "text_encoder has 3 golden cases and no file of them"),
         ("golden.conditioning_pairs", [[0, 77]], r"pair \(0, 77\) names a case that unet has not"),
         ("golden.prompts.0.seed", -1, "seed: Input should be greater than or equal to 0"),
+        ("components.1.bytes", 1, "the component unet has 1 bytes, and its files have"),
+        ("components.1.bytes", -5, r"components\.1\.bytes: Input should be greater than 0"),
+        ("gates.component_snr_db", -1e9, "component_snr_db: Input should be greater than 0"),
+        ("gates.picture_psnr_db", 0, "picture_psnr_db: Input should be greater than 0"),
+        ("generation.guidance_scale", 7.5, "no golden prompt is drawn as an app draws by default"),
+        ("generation.negative_prompt", "a rat", "no golden prompt is drawn as an app draws"),
+        ("generation.default_steps", 9, "there is no schedule of 9 steps; no golden prompt"),
+        ("golden.prompts.0.steps", 9, "there is no schedule of 9 steps"),
         (
             "files.1.path",
             "golden/pipeline.safetensors",
@@ -191,6 +199,15 @@ def test_a_manifest_whose_parts_do_not_fit_is_refused(
     with pytest.raises(BundleError, match=complaint) as error:
         Bundle.open(bundle.path)
     assert "Value error" not in str(error.value)
+
+
+def test_two_schedules_of_a_number_of_steps_are_refused(bundle: Bundle) -> None:
+    file = bundle.path / "manifest.json"
+    data = json.loads(file.read_bytes())
+    data["schedules"].append(data["schedules"][0])
+    file.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=r"there are two schedules of \d+ steps"):
+        Bundle.open(bundle.path)
 
 
 def test_a_link_in_a_circle_is_a_missing_file(bundle: Bundle) -> None:

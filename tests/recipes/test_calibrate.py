@@ -538,6 +538,14 @@ def test_layers_that_a_rule_keeps_in_integers_count_for_a_budget_of_multiply_add
         assert 0.9 <= told["int8_macs_of_layers"]["unet"] < 1
 
 
+def test_a_budget_that_the_rules_make_unreachable_is_told(prompts: Path, capsys: Any) -> None:
+    rules = [rule("unet.*", "none"), rule("unet.up_blocks.*")]
+    asked = recipe(prompts, components=["unet"], rules=rules, keep={"macs": 0.9, "samples": 1})
+    stages.apply(make_small_pipeline(), asked)
+    told = capsys.readouterr()
+    assert "keep.macs asks for 90.0% of the multiply-adds of unet's layers" in told.out + told.err
+
+
 def test_a_budget_below_what_integers_take_is_refused_before_any_work(prompts: Path) -> None:
     asked = recipe(prompts, activations="none", keep={"bytes": 0.2}, components=["unet"])
     with pytest.raises(UserError, match=r"keep\.bytes: 0\.2 of unet's float bytes are fewer"):
