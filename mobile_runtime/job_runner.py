@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mobile_runtime import machine
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.errors import UserError, run_cli
+from mobile_runtime.errors import UserError, choices, run_cli
 from mobile_runtime.jobs import (
     DEVICE,
     Arrays,
@@ -31,6 +31,7 @@ from mobile_runtime.jobs import (
     open_job,
     under,
     write_json,
+    writing,
 )
 from mobile_runtime.latency import environment
 from mobile_runtime.runs import (
@@ -65,17 +66,15 @@ def run_job(
             f"{bundle.path} is not the bundle that the job in {folder} was made for (its manifest "
             "differs); give that one, or make the job anew"
         )
-    output.mkdir(parents=True, exist_ok=True)
+    names = [task.name for task in job.tasks]
+    if unknown := [name for name in only or () if name not in names]:
+        raise choices("task", unknown[0], names)
     result = Result(output, job)
-    facts = DeviceFacts(
-        job=job.id,
-        device=machine.model(),
-        emulated=emulated,
-        memory_bytes=machine.memory_bytes(),
-        environment=environment(),
-    )
-    _forget_another(result, facts)
-    write_json(output / DEVICE, facts)
+    facts = facts_here(job, emulated)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        forget_another(result, facts)
+        write_json(output / DEVICE, facts)
     missing = set(result.missing())
     tasks = [t for t in job.tasks if t.name in missing and (only is None or t.name in only)]
     runner = _Tasks(job, bundle)
@@ -101,7 +100,18 @@ def run_job(
     return result
 
 
-def _forget_another(result: Result, facts: DeviceFacts) -> None:
+def facts_here(job: Job, emulated: bool = False) -> DeviceFacts:
+    """What this process runs a job on."""
+    return DeviceFacts(
+        job=job.id,
+        device=machine.model(),
+        emulated=emulated,
+        memory_bytes=machine.memory_bytes(),
+        environment=environment(),
+    )
+
+
+def forget_another(result: Result, facts: DeviceFacts) -> None:
     """Remove what another machine, or another version of its runtime, left in a result."""
     try:
         same = result.device() in (None, facts)

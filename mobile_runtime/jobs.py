@@ -10,7 +10,8 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,7 +28,7 @@ from mobile_runtime.manifest import ComponentName, GoldenPrompt, Strict
 
 JOB, INPUTS, DEVICE = "job.json", "inputs.safetensors", "device.json"
 LONGEST_REASON = 1000
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T", bound=Strict)
 
@@ -115,6 +116,11 @@ class Record(Strict):
     )
     tensors_sha256: str | None = None
 
+    @property
+    def why(self) -> str:
+        """Why it is not done."""
+        return self.reason or "the device does not say why"
+
 
 class DeviceFacts(Strict):
     """`device.json`: what ran the job."""
@@ -167,8 +173,9 @@ def make_job(
                 repeats=0 if tasks else repeats,
             )
         )
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / INPUTS)
+    with writing(folder):
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / INPUTS)
     job = Job(
         id=secrets.token_hex(16),
         bundle=bundle.manifest.name,
@@ -179,7 +186,8 @@ def make_job(
         prompts=tuple(tasks),
         inputs_sha256=sha256(folder / INPUTS),
     )
-    write_json(folder / JOB, job)
+    with writing(folder):
+        write_json(folder / JOB, job)
     return job
 
 
@@ -254,17 +262,31 @@ class Result:
         return names
 
     def write(self, record: Record, tensors: Arrays) -> None:
-        """Add a task's record, its tensors first, each file whole or not at all."""
-        if tensors:
-            path = self.folder / f"{record.task}.safetensors"
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
-            record = record.model_copy(update={"tensors_sha256": sha256(path)})
-        write_json(self.folder / f"{record.task}.json", record)
+        """Add a task's record, its tensors first, each file whole or not at all.
+
+        UserError where the folder cannot be written, or its disk is full.
+        """
+        with writing(self.folder):
+            if tensors:
+                path = self.folder / f"{record.task}.safetensors"
+                partial = path.with_name(f".{path.name}.{os.getpid()}")
+                try:
+                    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial)
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
+                record = record.model_copy(update={"tensors_sha256": sha256(path)})
+            write_json(self.folder / f"{record.task}.json", record)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what the system says against writing to a folder, or safetensors, into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"cannot write to {folder}: {why}; free space, and run it again") from error
 
 
 def under(prefix: str, tensors: Arrays) -> Arrays:
@@ -294,7 +316,8 @@ def _read(path: Path, kind: type[T]) -> T:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"])
-        told = f"{path} is no sound {kind.__name__.lower()}: {where}: {fault['msg']}"
+        told = ": ".join(part for part in (where, fault["msg"]) if part)
+        told = f"{path} is no sound {kind.__name__.lower()}: {told}"
         raise ResultError(told) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error

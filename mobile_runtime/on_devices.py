@@ -20,7 +20,7 @@ from mobile_runtime.checks import Teller, check_inside
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S, Device, Troubles, Work
 from mobile_runtime.devices.folder import FolderDevice
 from mobile_runtime.errors import UserError, choices
-from mobile_runtime.jobs import Job, Result, ResultError, make_job, open_job
+from mobile_runtime.jobs import Job, Result, ResultError, make_job, open_job, writing
 from mobile_runtime.judge import Judged, component_runs, judge_result
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.report import PIPELINE, Check, DeviceRun, Report
@@ -53,16 +53,17 @@ def validate_on(
     names: Sequence[str],
     asked: Asked,
     tell: Callable[[str], None] = lambda text: None,
+    whole: list[Path] | None = None,
 ) -> Report:
     """Run a bundle's golden cases on devices, one after the other, and judge what they give.
 
     What needs no device is checked here: the values inside the models, where the bundle's format
     shows them, and the sampler's replay. A device that cannot run, or stops on the way, is told in
-    the report as not run; what it gave is kept, and the next validation asks it for the rest.
+    the report as not run; what it gave is kept, and the next validation asks it for the rest. What
+    is whole is removed, so that the next one measures anew; or, where whole is given, its folders
+    are added to that, for `forget`, once the report is safe.
     UserError for an unknown device, one that is named twice, and a backend that reads no bundle.
     """
-    if twice := [name for k, name in enumerate(names) if name in names[:k]]:
-        raise UserError(f"--device {twice[0]} is named twice; name each once")
     if asked.backend is not None and asked.backend not in backends.FORMATS:
         raise choices("backend", asked.backend, list(backends.FORMATS))
     if asked.layers and not any(
@@ -73,10 +74,13 @@ def validate_on(
             "--layers"
         )
     chosen = [devices.find(name) for name in names]
-    judged, ran = Judged(), list[DeviceRun]()
+    same = [device.name for device in chosen]
+    if twice := [name for k, name in enumerate(same) if name in same[:k]]:
+        raise UserError(f"--device {twice[0]} is named twice; name each once")
+    judged, ran, done = Judged(), list[DeviceRun](), list[Path]()
     asked_of = [_runtime(bundle, device, asked) for device in chosen]
     for device, runtime in zip(chosen, asked_of, strict=True):
-        found, facts = _on(bundle, device, runtime, asked, tell)
+        found, facts = _on(bundle, device, runtime, asked, tell, done)
         judged.add(found)
         if asked.layers:
             tell(f"{device.name}: quantized layers alone")
@@ -85,7 +89,18 @@ def validate_on(
     judged.checks += _inside(bundle, tell)
     left_out = len(bundle.manifest.golden.prompts) - len(_prompts(bundle, asked))
     judged.checks += told_elsewhere(bundle, asked_of, left_out)
-    return report_of(bundle, judged, ran)
+    report = report_of(bundle, judged, ran)
+    if whole is None:
+        forget(done)
+    else:
+        whole += done
+    return report
+
+
+def forget(folders: Sequence[Path]) -> None:
+    """Remove the results of devices that are in a report now."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _inside(bundle: Bundle, tell: Callable[[str], None]) -> list[Check]:
@@ -120,6 +135,11 @@ def _layers(bundle: Bundle, device: Device, runtime: Runtime, asked: Asked) -> l
         reason = f"{equal} of {len(mine)} quantized layers are equal in every bit to those here"
         if equal < len(mine):
             reason += f"; the furthest, {worst.layer}, has {worst.snr_db:.1f} dB"
+        else:
+            reason += (
+                "; where the whole differs, the float operators between them do, whose last bits "
+                "turn single quantized steps"
+            )
         low = gate_db is not None and not worst.snr_db >= gate_db
         checks.append(
             Teller(component, runtime.label)(
@@ -154,22 +174,35 @@ def run_on(
 ) -> tuple[Runtime, dict[ComponentName, ComponentRun | NoRun]]:
     """What each component gave on a device, unjudged."""
     runtime = _runtime(bundle, device, asked)
-    with _done(bundle, device, runtime, asked, lambda text: None) as (result, troubles):
-        return runtime, component_runs(result, troubles)
+    done: list[Path] = []
+    with _done(bundle, device, runtime, asked, lambda text: None, done) as (result, troubles):
+        runs = component_runs(result, troubles)
+    forget(done)
+    return runtime, runs
 
 
 def _on(
-    bundle: Bundle, device: Device, runtime: Runtime, asked: Asked, tell: Callable[[str], None]
+    bundle: Bundle,
+    device: Device,
+    runtime: Runtime,
+    asked: Asked,
+    tell: Callable[[str], None],
+    done: list[Path],
 ) -> tuple[Judged, DeviceRun | None]:
-    with _done(bundle, device, runtime, asked, tell) as (result, troubles):
+    with _done(bundle, device, runtime, asked, tell, done) as (result, troubles):
         return judge_result(bundle, result, runtime, troubles), _facts(device, result)
 
 
 @contextmanager
 def _done(
-    bundle: Bundle, device: Device, runtime: Runtime, asked: Asked, tell: Callable[[str], None]
+    bundle: Bundle,
+    device: Device,
+    runtime: Runtime,
+    asked: Asked,
+    tell: Callable[[str], None],
+    done: list[Path],
 ) -> Iterator[tuple[Result, Troubles]]:
-    """A job's result, as far as the device went; one that is whole is removed afterwards."""
+    """A job's result, as far as the device went; done: gets the folder of one that is whole."""
     by_hand = isinstance(device, FolderDevice)
     folder = device.folder if isinstance(device, FolderDevice) else _place(bundle, runtime, asked)
     repeats = (
@@ -184,23 +217,28 @@ def _done(
             result = Result(Path(scratch) / "result", job)
             yield result, {task.name: NoRun("not_run", obstacle) for task in job.tasks}
             return
-        if not by_hand:
-            stack.enter_context(_alone(folder, device.name))
+        stack.enter_context(_alone(folder, device.name))
+        if not by_hand and not _is_sound(folder / "job"):
+            # A run that was killed left it so; nothing that it names could be trusted.
+            shutil.rmtree(folder, ignore_errors=True)
         job = _job(bundle, folder / "job", runtime, asked, repeats)
         result = Result(folder / "result", job)
         troubles = device.run(Work(bundle, folder / "job", result.folder, asked.timeout_s, tell))
         yield result, troubles
         if not by_hand and not result.missing():
-            # The next validation measures anew.
-            shutil.rmtree(folder, ignore_errors=True)
+            done.append(folder)
 
 
 @contextmanager
 def _alone(folder: Path, device: str) -> Iterator[None]:
     """Hold a job's folder against another validation that asks the same at the same time."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f"{folder.name}.lock")
-    with lock.open("w") as handle:
+    # Not beside it: a folder: device lies among the user's own files.
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    lock = cache_root() / "jobs" / f"{key}.lock"
+    with writing(lock.parent):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        opened = lock.open("w")
+    with opened as handle:
         if fcntl is not None:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -246,9 +284,21 @@ def _job(bundle: Bundle, folder: Path, runtime: Runtime, asked: Asked, repeats: 
         return job
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    job = _make_job(bundle, partial, runtime, asked, repeats)
-    partial.rename(folder)
+    try:
+        job = _make_job(bundle, partial, runtime, asked, repeats)
+        with writing(folder):
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return job
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether a job can be read, or none is there."""
+    try:
+        return not folder.exists() or bool(open_job(folder))
+    except UserError:
+        return False
 
 
 def _make_job(bundle: Bundle, folder: Path, runtime: Runtime, asked: Asked, repeats: int) -> Job:

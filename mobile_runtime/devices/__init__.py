@@ -14,7 +14,7 @@ why. Nothing that was measured is lost: the next run asks only for what is missi
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError, choices
@@ -58,6 +58,15 @@ class Device(Protocol):
         ...
 
 
+@runtime_checkable
+class Cleaned(Device, Protocol):
+    """A device that keeps what it was sent, until it is told not to."""
+
+    def clean(self) -> None:
+        """Remove all of it. LostError where the device does not answer."""
+        ...
+
+
 def find(name: str) -> Device:
     """A device by its name. UserError for an unknown kind, with those that there are."""
     from mobile_runtime.devices.adb import AdbDevice
@@ -83,6 +92,25 @@ def find(name: str) -> Device:
             raise UserError("the device folder needs a path; write folder:DIR")
         return FolderDevice(Path(rest))
     raise choices("device", name, list(KINDS))
+
+
+def clean(name: str) -> str:
+    """Remove the bundles, jobs and results that lie on a device; what was done, as a sentence.
+
+    UserError where that cannot be done from here.
+    """
+    from mobile_runtime.devices.transfers import LostError
+
+    device = find(name)
+    if not isinstance(device, Cleaned):
+        raise UserError(f"{name}: nothing lies there that can be removed from here")
+    if obstacle := device.obstacle():
+        raise UserError(f"{name}: {obstacle}")
+    try:
+        device.clean()
+    except LostError as error:
+        raise UserError(f"{name}: {error}") from error
+    return f"{device.name} holds no bundles, jobs or results any more"
 
 
 def there() -> list[Device]:

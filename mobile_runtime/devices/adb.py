@@ -25,6 +25,7 @@ from mobile_runtime.devices.transfers import (
     keep,
     packed,
     said,
+    sums,
     unpacked,
     unpacking,
 )
@@ -93,7 +94,7 @@ class AdbDevice:
         job, _ = open_job(work.job)
 
         def prepare(result: Result) -> None:
-            self._send(files_of(work.bundle.path), f"{ROOT}/bundles/{job.manifest_sha256}")
+            self._send(work.bundle.files(), f"{ROOT}/bundles/{job.manifest_sha256}")
             self._send(files_of(work.job), f"{ROOT}/jobs/{job.id}")
             self._fetch(result)
 
@@ -171,15 +172,33 @@ class AdbDevice:
         return done
 
     def _send(self, files: Iterable[tuple[str, bytes | Path]], to: str) -> None:
-        """Files as a folder there, whole or not at all, unless it is there already."""
+        """Files as a folder there, whole or not at all, unless it is there already, undamaged."""
+        files = list(files)
         if self._as_app(f"test -d {to}").returncode == 0:
-            return
+            if self._sound(files, to):
+                return
+            self._as_app(f"rm -rf {to}")
         command, partial = unpacking(to)
         with packed(files) as spool:
             done = self._as_app(command, spool)
         if done.returncode:
             self._as_app(f"rm -rf {partial}")
             raise LostError(f"what a job needs could not be sent: {said(done.stderr)}")
+
+    def _sound(self, files: Iterable[tuple[str, bytes | Path]], there: str) -> bool:
+        """Whether a folder there holds these very files, as far as the phone can tell."""
+        with sums(files) as spool:
+            done = self._as_app(f"cd {there} && sha256sum -c -", spool)
+        told = done.stdout + done.stderr
+        # A phone too old for `sha256sum -c` leaves it to the app, which checks the hashes too.
+        return not (done.returncode and (b"FAILED" in told or b"No such file" in told))
+
+    def clean(self) -> None:
+        """Remove what was sent to the app, and what it made."""
+        self._shell(f"am force-stop {self.app}")
+        done = self._as_app(f"rm -rf {ROOT}")
+        if done.returncode:
+            raise LostError(f"{ROOT} cannot be removed: {said(done.stderr)}")
 
     def _fetch(self, result: Result) -> None:
         """What is there of the missing tasks' results, each file whole."""

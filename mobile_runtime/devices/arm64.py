@@ -56,8 +56,11 @@ class Arm64Device(ProcessDevice):
             return "this machine is an Arm one; use local"
         if sys.platform != "linux":
             return f"qemu's user mode runs on Linux, and this is {sys.platform}"
+        setup = "python -m mobile_runtime devices --setup arm64"
         if not (folder() / DONE).is_file():
-            return "not set up; run: python -m mobile_runtime devices --setup arm64"
+            return f"not set up; run: {setup}"
+        if told := _other_versions():
+            return f"set up with {told}; run again: {setup}"
         return None
 
 
@@ -83,11 +86,11 @@ def arm64() -> Arm64Device:
 def set_up(tell: Callable[[str], None]) -> None:
     """Fetch what it takes, all or nothing. UserError where a download fails."""
     place = folder()
-    if (place / DONE).is_file():
+    obstacle = arm64().obstacle()
+    if obstacle is None:
         tell(f"arm64 is set up in {place}")
         return
-    obstacle = arm64().obstacle()
-    if obstacle and "not set up" not in obstacle:
+    if "--setup" not in obstacle:
         raise UserError(f"arm64: {obstacle}")
     partial = place.with_name(f".{place.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -196,6 +199,19 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError as error:
             raise UserError(f"arm64 is compared with this Python, which has no {name}") from error
     return versions
+
+
+def _other_versions() -> str:
+    """What the emulated Arm has in other versions than this Python, of which it proves nothing."""
+    try:
+        held = dict(json.loads((folder() / DONE).read_text())["wheels"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "versions that are not recorded"
+    return ", ".join(
+        f"{name} {held.get(name, 'missing')} where this Python has {version}"
+        for name, version in _versions().items()
+        if held.get(name) != version
+    )
 
 
 def _wheels(to: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mobile_runtime.devices import Troubles, Work
 from mobile_runtime.devices.attempts import Fault, attempts
-from mobile_runtime.jobs import Result
+from mobile_runtime.job_runner import facts_here, forget_another
+from mobile_runtime.jobs import Result, open_job, writing
 from mobile_runtime.runs import NoRun
 
 POLL_S = 0.1
@@ -43,7 +44,12 @@ class ProcessDevice:
 
     def run(self, work: Work) -> Troubles:
         """Run what is missing; a task that kills its process, or hangs, keeps no other from it."""
-        work.result.mkdir(parents=True, exist_ok=True)
+        with writing(work.result):
+            work.result.mkdir(parents=True, exist_ok=True)
+        if self.python == local().python:
+            # A result that is whole already starts no process that would look at whose it is.
+            job, _ = open_job(work.job)
+            forget_another(Result(work.result, job), facts_here(job))
         return attempts(work, self.name, self._process)
 
     def _process(self, work: Work, result: Result, tasks: Sequence[str]) -> Fault | None:

@@ -98,7 +98,7 @@ class SshDevice:
 
         def prepare(result: Result) -> None:
             self._send(_code(), self._code_there)
-            self._send(files_of(work.bundle.path), f"{ROOT}/bundles/{job.manifest_sha256}")
+            self._send(work.bundle.files(), f"{ROOT}/bundles/{job.manifest_sha256}")
             self._send(files_of(work.job), f"{ROOT}/jobs/{job.id}")
             self._fetch(result, [task.name for task in job.tasks])
 
@@ -170,6 +170,12 @@ class SshDevice:
         if code and not result.has(tasks[0]):
             return Fault(NoRun("not_run", f"{self.name} ended with code {code}:{said}"), True)
         return None
+
+    def clean(self) -> None:
+        """Remove what was sent there, and what was made of it."""
+        done = self._call(f"rm -rf {ROOT}")
+        if done.returncode:
+            raise LostError(f"{ROOT} cannot be removed: {said(done.stderr)}")
 
     def _end(self, pid_file: str) -> None:
         """End a task that hangs, and what it has started, so that nothing is timed beside it."""

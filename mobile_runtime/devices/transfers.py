@@ -1,6 +1,7 @@
 """What devices that are reached by a command have in common: folders as tar streams, both ways."""
 
 import contextlib
+import hashlib
 import io
 import secrets
 import tarfile
@@ -29,6 +30,17 @@ def files_of(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             yield path.relative_to(folder).as_posix(), path
+
+
+@contextmanager
+def sums(files: Iterable[tuple[str, bytes | Path]]) -> Iterator[IO[bytes]]:
+    """Files' hashes, as `sha256sum -c` reads them, to be read from the beginning."""
+    with tempfile.TemporaryFile() as spool:
+        for name, content in files:
+            with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+                spool.write(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode())
+        spool.seek(0)
+        yield spool
 
 
 @contextmanager

@@ -103,6 +103,29 @@ def test_a_phone_runs_the_whole_job_and_the_second_needs_no_bundle(bundle, phone
     assert sum("tar -xf" in command for command in one.commands) == sent + 1  # the job alone
 
 
+def test_a_copy_that_was_damaged_there_is_sent_again(bundle, phone):
+    one = phone()
+    assert checked(bundle, one).verdict == "pass"
+    there = one.folder / "data/files/pocket_diffusion/bundles" / bundle.manifest_sha256
+    for damage in ("truncated", "gone"):
+        model = there / "unet/model.onnx"
+        model.write_bytes(model.read_bytes()[:-1]) if damage == "truncated" else model.unlink()
+        assert checked(bundle, one).verdict == "pass"
+        assert model.read_bytes() == bundle.file("unet/model.onnx").read_bytes()
+
+
+def test_a_phone_is_cleaned_when_asked(bundle, phone, capsys):
+    one = phone()
+    checked(bundle, one)
+    assert (one.folder / "data/files/pocket_diffusion/bundles").is_dir()
+    assert run_cli(main, ["devices", "--clean", f"adb:{one.serial}"]) == 0
+    assert not (one.folder / "data/files/pocket_diffusion").exists()
+    assert (one.folder / "data/files").is_dir()
+    assert "holds no bundles" in capsys.readouterr().out
+    one.unplug()
+    assert run_cli(main, ["devices", "--clean", f"adb:{one.serial}"]) == 2
+
+
 def test_an_app_that_dies_in_one_task_gives_the_others(bundle, phone):
     one = phone()
     app = (one.folder / "app").read_text()

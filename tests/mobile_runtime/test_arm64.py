@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import lzma
 import sys
 import tarfile
@@ -82,6 +83,23 @@ def test_it_is_set_up_by_one_command_and_once(mirror: Mirror, capsys: Any) -> No
     mirror.served.clear()
     assert run_cli(main, ["devices", "--setup", "arm64"]) == 0
     assert capsys.readouterr().out.count("arm64 is set up in") == 2
+
+
+@pytest.mark.parametrize("versions", [{"numpy": "1.0.0"}, {}, None])
+def test_wheels_of_other_versions_are_told_and_fetched_anew(
+    versions: dict[str, str] | None, mirror: Mirror, capsys: Any
+) -> None:
+    arm64.set_up(lambda text: None)
+    record = arm64.folder() / arm64.DONE
+    kept = json.loads(record.read_text())
+    held = None if versions is None else kept["wheels"] | versions if versions else {}
+    record.write_text(json.dumps({**kept, "wheels": held}))
+    told = str(arm64.arm64().obstacle())
+    assert told.startswith("set up with ")
+    assert "devices --setup arm64" in told
+    assert run_cli(main, ["devices", "--setup", "arm64"]) == 0
+    assert json.loads(record.read_text()) == kept
+    assert arm64.arm64().obstacle() is None
 
 
 @pytest.mark.parametrize(

@@ -515,3 +515,9 @@ def test_a_run_ends_with_what_started_it(bundle: Bundle, tmp_path: Path) -> None
     while Path(f"/proc/{child}").exists() and time.monotonic() < until:
         time.sleep(0.1)
     assert not Path(f"/proc/{child}").exists()
+
+
+@pytest.mark.parametrize("name", ["local", "folder:somewhere", "ios:00008110"])
+def test_a_device_that_keeps_nothing_here_is_not_cleaned(name: str) -> None:
+    with pytest.raises(UserError, match="nothing lies there that can be removed from here"):
+        devices.clean(name)

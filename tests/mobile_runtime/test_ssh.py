@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.devices import Work, find, ssh, transfers
+from mobile_runtime.devices import Work, clean, find, ssh, transfers
 from mobile_runtime.devices.ssh import SshDevice
 from mobile_runtime.errors import UserError
 from mobile_runtime.jobs import Result, make_job
@@ -217,6 +217,14 @@ def test_a_copy_that_was_damaged_there_is_sent_again(bundle: Bundle, server: Ser
     assert report.verdict == "not_run"
     assert "its copies, which are removed; run it again" in report.summary
     assert validate_on(bundle, [name()], QUICK).verdict == "pass"
+
+
+@needs_sshd
+def test_a_computer_is_cleaned_when_asked(bundle: Bundle, server: Server) -> None:
+    validate_on(bundle, [name()], QUICK)
+    assert (server.home / ssh.ROOT).is_dir()
+    assert "holds no bundles" in clean(name())
+    assert not (server.home / ssh.ROOT).exists()
 
 
 @needs_sshd
