@@ -21,16 +21,39 @@ from mobile_runtime.pipeline import Pipeline, Result, find_schedule
 from mobile_runtime.report import check_writable, told_verdict
 from mobile_runtime.tokenizer import ClipTokenizer
 
-EXAMPLES = """examples:
-  python -m mobile_runtime generate bundles/pocket_int8-onnx "a large red star" -o star.png
-  python -m mobile_runtime generate BUNDLE "a red star" "a blue ring" --seeds 0-3 -o pictures
-  python -m mobile_runtime generate BUNDLE "a red star" --compare recipes/pocket/weights
-  python -m mobile_runtime info BUNDLE
-  python -m mobile_runtime validate BUNDLE --device local
-  python -m mobile_runtime layers BUNDLE --component unet --worst 10
-  python -m mobile_runtime bench BUNDLE OTHER --option threads=2
-  python -m mobile_runtime reference bench --ablation -o ablation
-"""
+# The first of each stands in the help of all.
+EXAMPLES = {
+    "generate": (
+        'generate bundles/pocket_int8-onnx "a large red star" -o star.png',
+        'generate BUNDLE "a red star" "a blue ring" --seeds 0-3 -o pictures',
+        'generate BUNDLE "a red star" --compare recipes/pocket/weights',
+    ),
+    "info": ("info BUNDLE",),
+    "validate": (
+        "validate BUNDLE --device local",
+        "validate BUNDLE --prompts 2 --repeats 0 --gate picture_psnr_db=30 -o report",
+    ),
+    "bench": (
+        "bench BUNDLE OTHER --option threads=2",
+        "bench BUNDLE --rounds 50 --json times.json",
+    ),
+    "profile": (
+        "profile BUNDLE --component unet -o traces",
+        "profile BUNDLE --option threads=2 --repeats 50 --slowest 30",
+    ),
+    "compare": ("compare BUNDLE OTHER -o compare.html",),
+    "layers": ("layers BUNDLE --component unet --worst 10", "layers BUNDLE --device arm64"),
+    "matrix": (
+        "matrix BUNDLE OTHER --json figures.json",
+        "matrix BUNDLE --device local --device arm64",
+    ),
+    "reference": ("reference bench --ablation -o ablation",),
+    "devices": (
+        "devices",
+        "devices --setup arm64",
+        "devices --clean adb:SERIAL",
+    ),
+}
 
 MAX_SEEDS = 10_000
 # A file's name has at most 255 bytes; the seed, the number and a partial file's ending come on top.
@@ -52,7 +75,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mobile_runtime",
         description="From a bundle's files to pictures, and the proof.",
-        epilog=EXAMPLES,
+        epilog=_told_examples([examples[0] for examples in EXAMPLES.values()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -62,7 +85,7 @@ def main(argv: list[str]) -> int:
             name,
             help=about,
             description=about,
-            epilog=EXAMPLES,
+            epilog=_told_examples(EXAMPLES[name]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
@@ -86,8 +109,18 @@ def main(argv: list[str]) -> int:
         choices=["arm64"],
         help="fetch what it takes, some 100 MB",
     )
+    devices_parser.add_argument(
+        "--clean",
+        metavar="DEVICE",
+        help="remove the bundles, jobs and results that lie there, as in adb:SERIAL or ssh:HOST",
+    )
     args = parser.parse_args(argv)
     return int(args.run(args))
+
+
+def _told_examples(examples: Sequence[str]) -> str:
+    lines = [f"  python -m mobile_runtime {example}" for example in examples]
+    return "\n".join(["examples:", *lines])
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -297,11 +330,14 @@ def _guidance_scale(bundle: Bundle, args: argparse.Namespace) -> float:
 
 
 def list_devices(args: argparse.Namespace) -> int:
-    """Print the devices that there are, and what keeps the others."""
+    """Print the devices that there are, and what keeps the others; or set one up, or clean one."""
     if args.setup:
         from mobile_runtime.devices.arm64 import set_up
 
         set_up(lambda text: print(text, flush=True))
+        return 0
+    if args.clean:
+        print(devices.clean(args.clean))
         return 0
     for device in devices.there():
         obstacle = device.obstacle()

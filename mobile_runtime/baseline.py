@@ -45,6 +45,12 @@ class Baseline(Strict):
     model_bytes: dict[str, int]
     figures: tuple[Figure, ...]
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The components that it holds, and the pipeline."""
+        named = [figure.component for figure in self.figures]
+        return tuple(dict.fromkeys([*self.model_bytes, *named]))
+
 
 def of(bundle: Bundle, checks: tuple[Check, ...]) -> Baseline:
     """What a report says, as a baseline."""
@@ -91,17 +97,23 @@ def write(path: Path, baseline: Baseline) -> None:
     write_json(path, baseline)
 
 
+def check_bundle(bundle: Bundle, before: Baseline) -> None:
+    """Raise UserError for the baseline of another recipe or target."""
+    name, target = bundle.manifest.name, bundle.manifest.target
+    if (name, target) != (before.bundle, before.target):
+        raise UserError(
+            f"the baseline is of {before.bundle} for {before.target}, and this bundle is "
+            f"{name} for {target}; save one of its own with --save-baseline"
+        )
+
+
 def compare(bundle: Bundle, checks: tuple[Check, ...], before: Baseline) -> list[Check]:
     """One gated check a component, and one for the pipeline: is anything worse than before?
 
     Raises UserError for the baseline of another recipe or target.
     """
+    check_bundle(bundle, before)
     now = of(bundle, checks)
-    if (now.bundle, now.target) != (before.bundle, before.target):
-        raise UserError(
-            f"the baseline is of {before.bundle} for {before.target}, and this bundle is "
-            f"{now.bundle} for {now.target}; save one of its own with --save-baseline"
-        )
     mine = {figure.place: figure.value_db for figure in now.figures}
     worse: dict[str, list[str]] = {}
     for figure in before.figures:

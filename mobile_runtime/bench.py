@@ -8,7 +8,6 @@ the rounds: Efron, 1979).
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,13 +18,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mobile_runtime import backends
+from mobile_runtime import backends, progress
+from mobile_runtime.arguments import check_new_file, write_json
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError
 from mobile_runtime.goldens import golden_cases, prompt_case
 from mobile_runtime.latency import WARM_UP, Clock, Timing, environment, summary
 from mobile_runtime.pipeline import Pipeline
-from mobile_runtime.report import PIPELINE, check_writable
+from mobile_runtime.report import PIPELINE
 
 BOOTSTRAPS = 2000
 ROUNDS = 20
@@ -93,19 +93,29 @@ def alternate(
     clock: Clock = time.perf_counter,
     seed: int = 0,
     pause: Callable[[float], None] = time.sleep,
+    done: Callable[[], object] = lambda: None,
 ) -> list[Timing]:
-    """Time each of the calls once a round, in an order of its own, after two that warm up."""
-    first = [call.milliseconds(clock) for call in calls]
+    """Time each of the calls once a round, in an order of its own, after two that warm up.
+
+    done: is told after each call.
+    """
+
+    def milliseconds(call: Call) -> float:
+        taken = call.milliseconds(clock)
+        done()
+        return taken
+
+    first = [milliseconds(call) for call in calls]
     for _ in range(WARM_UP):
         for call in calls:
-            call.milliseconds(clock)
+            milliseconds(call)
     times: list[list[float]] = [[] for _ in calls]
     rng = np.random.default_rng(seed)
     for _ in range(rounds):
         for index in rng.permutation(len(calls)):
             if len(calls) > 1:
                 pause(PAUSE_S)
-            times[index].append(calls[index].milliseconds(clock))
+            times[index].append(milliseconds(calls[index]))
     return [
         Timing(load_ms=call.load_ms, first_ms=one, warm_up=WARM_UP, times_ms=tuple(own))
         for call, one, own in zip(calls, first, times, strict=True)
@@ -119,12 +129,13 @@ def _block(
     options: dict[str, Any],
     turn: int,
     rounds: int,
+    done: Callable[[], object],
 ) -> list[Timing]:
     """Half of the rounds; at turn 1 the last bundle is loaded first. In the bundles' order."""
     order = list(range(len(bundles)))[:: -1 if turn else 1]
     loaded = {k: Call(bundles[k], part, names[k], options) for k in order}
     calls = [loaded[k] for k in range(len(bundles))]
-    return alternate(calls, (rounds + 1 - turn) // 2, seed=turn)
+    return alternate(calls, (rounds + 1 - turn) // 2, seed=turn, done=done)
 
 
 def _joined(timings: Sequence[Timing]) -> Timing:
@@ -144,6 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, default=ROUNDS, metavar="N", help=f"timed calls ({ROUNDS})"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="every time, too")
+    parser.add_argument("--force", action="store_true", help="replace a --json that exists")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -153,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 2:
         raise UserError(f"--rounds {args.rounds} should be 2 or more")
     if args.json:
-        check_writable(args.json.absolute().parent, "--json")
+        check_new_file(args.json, "--json", args.force)
     bundles = [Bundle.open(path) for path in args.bundles]
     options = backends.parse_options(args.option)
     names = [args.backend or backends.default_backend(b.manifest.target) for b in bundles]
@@ -171,10 +183,20 @@ def run(args: argparse.Namespace) -> int:
         shared.append(PIPELINE)
     if not shared:
         raise UserError("the bundles hold no golden inputs to be timed on; convert them again")
-    rows, told = [], []
+    measured = {}
+    count = len(shared) * len(bundles) * (args.rounds + 2 * (1 + WARM_UP))
     # disable=None: no bar where the output is not a terminal.
-    for part in tqdm(shared, disable=None, delay=2, leave=False):
-        blocks = [_block(bundles, names, part, options, turn, args.rounds) for turn in (0, 1)]
+    with tqdm(
+        total=count, unit="call", disable=None, delay=progress.AFTER_S, leave=False, miniters=1
+    ) as bar:
+        for part in shared:
+            bar.set_description(part, refresh=False)
+            measured[part] = [
+                _block(bundles, names, part, options, turn, args.rounds, bar.update)
+                for turn in (0, 1)
+            ]
+    rows, told = [], []
+    for part, blocks in measured.items():
         timings = [_joined([block[k] for block in blocks]) for k in range(len(bundles))]
         found = [summary(part, name, t) for name, t in zip(names, timings, strict=True)]
         for path, latency in zip(args.bundles, found, strict=True):
@@ -199,5 +221,5 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(rows))
     if args.json:
         data = {"environment": here.model_dump(), "options": options, "parts": told}
-        args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, data)
     return 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from mobile_runtime.arguments import check_new_file
 from mobile_runtime.bundle import MANIFEST
 from mobile_runtime.errors import UserError
 from mobile_runtime.gates import told_gates
@@ -16,12 +17,11 @@ from mobile_runtime.report import (
     REPORT_JSON,
     Check,
     Report,
-    check_writable,
     load_report,
     write_atomically,
 )
 from mobile_runtime.report_html import page, table, verdict_mark
-from mobile_runtime.report_plots import Bar, bars
+from mobile_runtime.report_plots import Bar, bars, short
 
 OUTPUT = "compare.html"
 
@@ -63,7 +63,7 @@ def _lines(report: Report) -> list[Line]:
         found.append(
             Line(
                 bundle=f"{report.bundle} for {report.target}",
-                runtime=f"{runtime}, {_processor(report, runtime)}",
+                runtime=", ".join(filter(None, [runtime, _processor(report, runtime)])),
                 verdict=next((status for status in order if status in gated), "not_run"),
                 model_bytes=sum(size.bytes for size in report.sizes),
                 worst={check.component: check for check in same if check.runtime == runtime},
@@ -89,11 +89,11 @@ def _decibels(check: Check) -> float:
 
 
 def _processor(report: Report, runtime: str) -> str:
-    """Of the device that the runtime's name ends in, else of this machine."""
+    """Of the device that the runtime's name ends in, if it told; without one, of this machine."""
     for device in report.devices:
         if runtime.endswith(f" on {device.name}"):
             return device.model + (", emulated" if device.emulated else "")
-    return report.environment.cpu
+    return "" if " on " in runtime else report.environment.cpu
 
 
 def render(lines: Sequence[Line]) -> str:
@@ -104,13 +104,13 @@ def render(lines: Sequence[Line]) -> str:
     header.append("Verdict")
     rows = [
         [
-            f"{escape(line.bundle)}<small>{escape(line.runtime)}</small>",
+            f"{_breakable(line.bundle)}<small>{escape(line.runtime)}</small>",
             _told(_worst(line)),
             *(_told(line.worst.get(name)) for name in components),
             _told(line.picture),
-            f"{line.model_bytes / 1e6:.1f} MB",
+            _megabytes(line),
             verdict_mark(line.verdict)
-            + (f"<small>gates asked: {escape(line.gates)}</small>" if line.gates else ""),
+            + (f"<small>gates asked: {_breakable(line.gates)}</small>" if line.gates else ""),
         ]
         for line in lines
     ]
@@ -123,15 +123,19 @@ def render(lines: Sequence[Line]) -> str:
     ]
     for name in timed:
         shown = [
-            Bar(line.bundle, line.runtime, *line.times_ms[name], f"{line.times_ms[name][0]:.1f} ms")
+            Bar(
+                line.bundle,
+                line.runtime,
+                *line.times_ms[name],
+                f"{short(line.times_ms[name][0])} ms",
+            )
             for line in lines
             if name in line.times_ms
         ]
         title = "Latency of a picture" if name == PIPELINE else f"Latency of {escape(name)}"
         sections.append(f'<h2>{title}</h2><div class="card">{bars(shown)}</div>')
     sizes = [
-        Bar(line.bundle, line.runtime, line.model_bytes, label=f"{line.model_bytes / 1e6:.1f} MB")
-        for line in lines
+        Bar(line.bundle, line.runtime, line.model_bytes, label=_megabytes(line)) for line in lines
     ]
     sections.append(f'<h2>Size of the models</h2><div class="card">{bars(sizes)}</div>')
     note = (
@@ -142,12 +146,21 @@ def render(lines: Sequence[Line]) -> str:
     return page("Bundles and devices", "".join(sections) + note)
 
 
+def _breakable(name: str) -> str:
+    """A name as HTML that may be broken at its underscores."""
+    return escape(name).replace("_", "_<wbr>")
+
+
+def _megabytes(line: Line) -> str:
+    return f"{short(line.model_bytes / 1e6)} MB"
+
+
 def _told(check: Check | None) -> str:
     if check is None:
         return "–"
     if check.equal:
         return "equal"
-    return "–" if check.value is None else f"{check.value:.1f}"
+    return "–" if check.value is None else short(check.value)
 
 
 def format_lines(lines: Sequence[Line]) -> str:
@@ -161,8 +174,8 @@ def format_lines(lines: Sequence[Line]) -> str:
                 line.name,
                 f"{worst.component} {_told(worst)}".replace("–", "-") if worst else "-",
                 _told(line.picture).replace("–", "-"),
-                f"{whole[0]:.1f} ms" if whole else "-",
-                f"{line.model_bytes / 1e6:.1f} MB",
+                f"{short(whole[0])} ms" if whole else "-",
+                _megabytes(line),
                 line.verdict + (f" (gates asked: {line.gates})" if line.gates else ""),
             )
         )
@@ -195,9 +208,7 @@ def run(args: argparse.Namespace) -> int:
     reports = [load_report(_file(path)) for path in args.reports]
     if args.output.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {args.output} is no .html file; name one, say {OUTPUT}")
-    if args.output.exists() and not args.force:
-        raise UserError(f"{args.output} already exists; choose another --output, or add --force")
-    check_writable(args.output.absolute().parent)
+    check_new_file(args.output, "--output", args.force)
     for path, report in zip(args.reports, reports, strict=True):
         if not _lines(report):
             raise UserError(f"{path} tells of no model that was run; validate the bundle again")

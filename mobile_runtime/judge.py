@@ -130,7 +130,7 @@ def _sound(
         if record is None:
             return troubles.get(task.name) or NoRun("not_run", "the device gave no result for it")
         if record.status != "done":
-            return NoRun(record.status, record.reason)
+            return NoRun(record.status, record.why)
         if record.timing is None:
             return NoRun("fail", f"{task.name} of the result tells no times")
         if facts is None:

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from mobile_runtime.manifest import Strict
 
 Clock = Callable[[], float]
 """Seconds; a test gives its own."""
+
+LONGEST_MS = 1e9
+"""Eleven days: more is no measurement."""
+Milliseconds = Annotated[float, Field(ge=0, le=LONGEST_MS)]
 
 WARM_UP = 2
 # A slow component is timed fewer times rather than for minutes.
@@ -33,11 +37,13 @@ _LIBRARIES = ("numpy", "onnxruntime", "executorch", "coremltools", "torch", "poc
 class Timing(Strict):
     """Milliseconds of one component, or of whole pictures. Loading and the first call are apart."""
 
-    load_ms: float = Field(ge=0)
-    first_ms: float = Field(ge=0, description="the first call, which may compile or allocate")
+    load_ms: Milliseconds
+    first_ms: Milliseconds = Field(description="the first call, which may compile or allocate")
     warm_up: int = Field(ge=0, description="calls right before those that are timed")
-    times_ms: tuple[Annotated[float, Field(ge=0)], ...] = Field(description="of every timed call")
-    parts_ms: dict[str, tuple[float, ...]] = Field(
+    times_ms: tuple[Annotated[float, Field(gt=0, le=LONGEST_MS)], ...] = Field(
+        description="of every timed call"
+    )
+    parts_ms: dict[str, Annotated[tuple[Milliseconds, ...], Field(min_length=1)]] = Field(
         default_factory=dict,
         description="of each call in the last picture, by component; the UNet's are its steps",
     )
@@ -48,16 +54,18 @@ class Latency(Strict):
 
     component: str
     runtime: str
-    load_ms: float
-    first_ms: float
-    warm_up: int
-    repeats: int
-    median_ms: float
-    p90_ms: float
-    min_ms: float
-    spread_ms: float = Field(description="between the quartiles")
-    peak_bytes: int | None = Field(default=None, description="of the process, while it ran")
-    parts_ms: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    load_ms: Milliseconds
+    first_ms: Milliseconds
+    warm_up: NonNegativeInt
+    repeats: NonNegativeInt
+    median_ms: Milliseconds
+    p90_ms: Milliseconds
+    min_ms: Milliseconds
+    spread_ms: Milliseconds = Field(description="between the quartiles")
+    peak_bytes: NonNegativeInt | None = Field(
+        default=None, description="of the process, while it ran"
+    )
+    parts_ms: dict[str, tuple[Milliseconds, ...]] = Field(default_factory=dict)
 
 
 def summary(

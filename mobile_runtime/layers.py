@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from mobile_runtime import devices, taps
+from mobile_runtime import devices, progress, taps
 from mobile_runtime.arguments import positive
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError, choices
@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     told, diverged = [], False
     for runtime in runtimes(bundle, args.backend):
         for name in names:
-            figures = taps.measure(bundle, name, runtime)
+            with progress.told(f"look into {name} in {runtime.label}"):
+                figures = taps.measure(bundle, name, runtime)
             if isinstance(figures, NoRun):
                 raise UserError(f"{name} of {bundle.path}: {figures.reason}")
             first = taps.first_that_diverges(figures)
@@ -84,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
 def _alone(bundle: Bundle, args: argparse.Namespace) -> int:
     """Each quantized layer alone, here and on devices. Returns 0 where all reach the gate."""
     chosen = [devices.find(name) for name in args.device]
-    with tempfile.TemporaryDirectory() as folder:
-        layers = compare_on(bundle, chosen, Path(folder) / "layers")
+    with tempfile.TemporaryDirectory() as folder, progress.told() as tell:
+        layers = compare_on(bundle, chosen, Path(folder) / "layers", tell=tell)
     gate_db = bundle.manifest.gates.layer_snr_db or 0.0
     low = [one for one in layers if not one.snr_db >= gate_db]
     if args.json:

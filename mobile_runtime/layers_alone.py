@@ -8,7 +8,7 @@ in a small bundle of its own; so that every device that runs bundles runs it as 
 """
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,16 @@ class Part:
 
 
 def compare_on(
-    bundle: Bundle, chosen: Sequence[Device], folder: Path, asked: Asked | None = None
+    bundle: Bundle,
+    chosen: Sequence[Device],
+    folder: Path,
+    asked: Asked | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[Layer]:
     """Each quantized layer of a bundle here and on devices, on the same inputs.
 
     folder: for the small bundle; made, and left there. asked: whose options and timeout are taken.
+    tell: is told what runs.
     Raises UserError for a bundle without such layers or of another target, for results that are
     gathered by hand, and where a device gave nothing.
     """
@@ -79,14 +84,17 @@ def compare_on(
                 "own; name a device that runs jobs by itself"
             )
     asked = replace(asked or Asked(), prompts=0, repeats=0, layers=False)
+    tell("cut the quantized layers out")
     small, layers = cut_out(bundle, folder)
     (runtime,) = runtimes(small)
+    tell("the quantized layers here")
     here = {
         component: run_here(small, component, runtime, repeats=0, step=lambda text: None)
         for component in layers
     }
     found = []
     for device in chosen:
+        tell(f"the quantized layers on {device.name}")
         _, there = run_on(small, device, asked)
         for component, own in layers.items():
             mine, theirs = here[component], there[component]

@@ -4,25 +4,22 @@ The reference of a pair is the one that comes first. Equal bits are told as such
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from mobile_runtime import devices
+from mobile_runtime import devices, progress
+from mobile_runtime.arguments import check_new_file, write_json
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError
 from mobile_runtime.goldens import Arrays, golden_cases
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.on_devices import Asked, run_on
 from mobile_runtime.parity import measure
-from mobile_runtime.report import check_writable
 from mobile_runtime.runs import ComponentRun, Runtime
 from mobile_runtime.validate import run_here, runtimes
 
@@ -77,17 +74,17 @@ def _label(bundle: Bundle, runtime: Runtime, several: bool) -> str:
 
 def _here(bundle: Bundle, runtime: Runtime, several: bool) -> Column:
     outputs: dict[str, Sequence[Arrays] | str] = {}
-    parts = bundle.manifest.components
-    # disable=None: no bar where the output is not a terminal.
-    for entry in tqdm(parts, desc=runtime.label, disable=None, delay=2, leave=False):
-        run = run_here(bundle, entry.name, runtime, repeats=0, step=lambda text: None)
-        outputs[entry.name] = run.outputs if isinstance(run, ComponentRun) else run.reason
+    with progress.told() as tell:
+        for entry in bundle.manifest.components:
+            run = run_here(bundle, entry.name, runtime, repeats=0, step=tell)
+            outputs[entry.name] = run.outputs if isinstance(run, ComponentRun) else run.reason
     return Column(_label(bundle, runtime, several), outputs)
 
 
 def _there(bundle: Bundle, name: str, backend: str | None, several: bool) -> Column:
     asked = Asked(backend=backend, prompts=0, repeats=0)
-    runtime, runs = run_on(bundle, devices.find(name), asked)
+    with progress.told(f"{bundle.manifest.name} on {name}"):
+        runtime, runs = run_on(bundle, devices.find(name), asked)
     outputs: dict[str, Sequence[Arrays] | str] = {
         str(component): run.outputs if isinstance(run, ComponentRun) else run.reason
         for component, run in runs.items()
@@ -181,12 +178,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", metavar="NAME", help="default: each target's own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures")
+    parser.add_argument("--force", action="store_true", help="replace a --json that exists")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print the tables; 1 where a runtime gave nothing."""
     if args.json:
-        check_writable(args.json.absolute().parent, "--json")
+        check_new_file(args.json, "--json", args.force)
     bundles = [Bundle.open(path) for path in args.bundles]
     check_same_inputs(bundles)
     columns = columns_of(bundles, args.device, args.backend)
@@ -195,6 +193,5 @@ def run(args: argparse.Namespace) -> int:
     pairs = pairs_of(columns)
     print(as_markdown(pairs), end="")
     if args.json:
-        data: list[dict[str, Any]] = [pair.__dict__ for pair in pairs]
-        args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, [asdict(pair) for pair in pairs])
     return int(any(pair.reason for pair in pairs))

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mobile_runtime import backends, taps
+from mobile_runtime import backends, progress, taps
 from mobile_runtime.arguments import positive
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError, choices
@@ -161,10 +161,13 @@ def run(args: argparse.Namespace) -> int:
             if not args.force:
                 raise UserError(f"{taken} already exists; choose another --output, or add --force")
     options = backends.parse_options(args.option)
-    profiles = [
-        profile(bundle, name, folder, backend=args.backend, repeats=args.repeats, **options)
-        for name in names
-    ]
+    profiles = []
+    with progress.told() as tell:
+        for name in names:
+            tell(f"profile {name}")
+            profiles.append(
+                profile(bundle, name, folder, backend=args.backend, repeats=args.repeats, **options)
+            )
     if args.json:
         print(json.dumps([asdict(one) for one in profiles], indent=1, default=str))
     else:

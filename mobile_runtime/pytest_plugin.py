@@ -15,6 +15,10 @@ A test's id begins with the bundle's folder; name it to run that test alone:
     pytest -p mobile_runtime.pytest_plugin --bundle=build/pocket_int8.onnx \\
         'pocket_int8.onnx::unet_outputs[onnxruntime]'
 
+`--bundle-baseline FILE` adds one test a component, and one for the pipeline, that fails where
+anything is worse than in the baseline that `validate --save-baseline FILE` stored: a figure in dB
+that fell, a model that grew, a figure that is gone.
+
 A gated check that fails, or that could not run, is a failed test. A figure that has no gate is
 skipped with the figure as its reason. Each model runs once, when the first of its tests needs it.
 """
@@ -25,7 +29,7 @@ from typing import Any
 
 import pytest
 
-from mobile_runtime import gates
+from mobile_runtime import baseline, gates
 from mobile_runtime.bundle import MANIFEST, Bundle
 from mobile_runtime.checks import check_inside, component_kinds
 from mobile_runtime.errors import PocketError
@@ -38,7 +42,7 @@ from mobile_runtime.validate import draw_here, run_here, runtimes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --bundle, --bundle-backend and --bundle-gate."""
+    """Add --bundle, --bundle-backend, --bundle-gate and --bundle-baseline."""
     group = parser.getgroup("mobile_runtime")
     group.addoption("--bundle", metavar="DIR", help="check the parity of this bundle")
     group.addoption(
@@ -46,6 +50,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--bundle-gate", metavar="NAME=DB", action="append", default=[], help=gates.HELP
+    )
+    group.addoption(
+        "--bundle-baseline",
+        metavar="FILE",
+        help="fail where anything is worse than in this file of validate --save-baseline",
     )
 
 
@@ -89,25 +98,43 @@ class BundleFile(pytest.File):
             asked = gates.parse_gates(self.config.getoption("--bundle-gate"))
             bundle = gates.with_gates(Bundle.open(self.path.parent), asked)
             chosen = runtimes(bundle, self.config.getoption("--bundle-backend"))
+            before = self._baseline(bundle)
         except PocketError as error:
             raise self.CollectError(str(error)) from error
+        groups: dict[str, list[CheckGroup]] = {}
         for entry in bundle.manifest.components:
             for runtime in chosen:
                 group = CheckGroup(_component(bundle, entry.name, runtime))
+                groups.setdefault(entry.name, []).append(group)
                 for kind in component_kinds(bundle, entry.name, runtime):
                     name = f"{entry.name}_{kind}[{runtime.label}]"
                     yield CheckItem.from_parent(self, name=name, group=group, kind=kind)
         prompts = range(len(bundle.manifest.golden.prompts))
         last = chosen[-1].label
         group = CheckGroup(_pipeline(bundle, chosen[-1], prompts))
+        groups["pipeline"] = [group]
         for prompt in prompts:
-            for kind in prompt_kinds(bundle, prompt):
+            for kind in prompt_kinds():
                 name = f"pipeline_{kind}[{last}-prompt{prompt}]"
                 yield CheckItem.from_parent(self, name=name, group=group, kind=kind, prompt=prompt)
         if not prompts:
             # The check that says that no picture was run.
             name = f"pipeline_outputs[{last}]"
             yield CheckItem.from_parent(self, name=name, group=group, kind="outputs")
+        if before is None:
+            return
+        for place in before.places:
+            group = CheckGroup(_compared(bundle, groups.get(place, []), before, place))
+            name = f"{place}_baseline"
+            yield CheckItem.from_parent(self, name=name, group=group, kind="baseline")
+
+    def _baseline(self, bundle: Bundle) -> baseline.Baseline | None:
+        named = self.config.getoption("--bundle-baseline")
+        if named is None:
+            return None
+        before = baseline.read(Path(named))
+        baseline.check_bundle(bundle, before)
+        return before
 
 
 def _quiet(text: str) -> None:
@@ -133,6 +160,17 @@ def _pipeline(
     return checks
 
 
+def _compared(
+    bundle: Bundle, groups: Sequence["CheckGroup"], before: baseline.Baseline, place: str
+) -> Callable[[], list[Check]]:
+    def checks() -> list[Check]:
+        now = tuple(check for group in groups for check in group.checks())
+        found = baseline.compare(bundle, now, before)
+        return [check for check in found if check.component == place]
+
+    return checks
+
+
 class CheckGroup:
     """The checks that one run gives; the run happens when the first of them is asked for."""
 
@@ -140,11 +178,15 @@ class CheckGroup:
         self._run = run
         self._checks: list[Check] | None = None
 
-    def find(self, kind: Kind, prompt: int | None) -> Check:
-        """The check of a kind; where nothing could be run, the check that says so."""
+    def checks(self) -> list[Check]:
+        """All of them."""
         if self._checks is None:
             self._checks = self._run()
-        mine = [check for check in self._checks if check.prompt in (prompt, None)]
+        return self._checks
+
+    def find(self, kind: Kind, prompt: int | None) -> Check:
+        """The check of a kind; where nothing could be run, the check that says so."""
+        mine = [check for check in self.checks() if check.prompt in (prompt, None)]
         broken = [check for check in mine if check.kind == "outputs" and check.status != "pass"]
         return ([check for check in mine if check.kind == kind] or broken)[0]
 
@@ -169,6 +211,8 @@ class CheckItem(pytest.Item):
         check = self.group.find(self.kind, self.prompt)
         if check.status == "not_gated":
             pytest.skip(f"measured, not gated: {check.reason}")
+        if not check.gated:
+            pytest.skip(f"not run: {check.reason}")
         if check.status != "pass":
             raise CheckFailedError(f"{check.status}: {check.reason}")
 

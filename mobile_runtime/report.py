@@ -5,6 +5,7 @@ every file). `read_report` refuses one that was made for another.
 """
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, NonNegativeInt, ValidationError
 
 from mobile_runtime.bundle import REPORTS, Bundle
 from mobile_runtime.errors import BundleError, UserError
@@ -51,6 +52,7 @@ GATEABLE: tuple[Kind, ...] = (
     "same_function",
     "source",
     "layers_at_conversion",
+    "trajectory",
     "picture",
     "source_picture",
 )
@@ -108,9 +110,9 @@ class Size(Strict):
     """What one component weighs. macs: multiply-adds of a call."""
 
     component: str
-    parameters: int
-    bytes: int
-    macs: int
+    parameters: NonNegativeInt
+    bytes: NonNegativeInt
+    macs: NonNegativeInt
     scheme: str
 
 
@@ -196,6 +198,18 @@ def with_checks(report: Report, more: Sequence[Check]) -> Report:
     return report.model_copy(update={"checks": checks, "verdict": verdict, "summary": summary})
 
 
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder whose report.json or report.html is none of ours, before any work."""
+    ours = False
+    path = folder / REPORT_JSON
+    with contextlib.suppress(OSError, ValueError):
+        data = json.loads(path.read_bytes())
+        ours = isinstance(data, dict) and {"verdict", "manifest_sha256"} <= data.keys()
+    for name in REPORTS:
+        if (folder / name).exists() and not ours:
+            raise UserError(f"{folder / name} is no report of a bundle; choose another --output")
+
+
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     """Write report.json and report.html into a folder, each whole or not at all.
 
@@ -203,12 +217,13 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     """
     from mobile_runtime.report_html import render
 
+    page = render(report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         json_path = write_atomically(
             folder / REPORT_JSON, report.model_dump_json(indent=1, exclude={"pictures"}) + "\n"
         )
-        return json_path, write_atomically(folder / REPORT_HTML, render(report))
+        return json_path, write_atomically(folder / REPORT_HTML, page)
     except OSError as error:
         raise UserError(
             f"the report cannot be written to {folder}: {error.strerror}; choose another --output"
@@ -267,7 +282,14 @@ def load_report(path: Path) -> Report:
     """Read a report.json; BundleError where it is none."""
     try:
         report = Report.model_validate_json(path.read_bytes())
-        if conclude(report.checks)[0] != report.verdict:
+        below = any(
+            check.status == "pass"
+            and check.unit == "dB"
+            and None not in (check.value, check.gate)
+            and not check.value >= check.gate  # type: ignore[operator]
+            for check in report.checks
+        )
+        if below or conclude(report.checks)[0] != report.verdict:
             raise BundleError(
                 f"{path} says {report.verdict}, and its checks do not; validate the bundle again"
             )

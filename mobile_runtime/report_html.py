@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mobile_runtime.gates import told_gates
-from mobile_runtime.latency import Latency
+from mobile_runtime.latency import Environment, Latency
 from mobile_runtime.manifest import LayerPlan
 from mobile_runtime.report import (
     PIPELINE,
@@ -25,7 +25,7 @@ from mobile_runtime.report import (
     prompt_rows,
     row_status,
 )
-from mobile_runtime.report_plots import HIGHEST_DB, STYLE, Bar, bars, parity_bar, step_lines
+from mobile_runtime.report_plots import HIGHEST_DB, STYLE, Bar, bars, parity_bar, short, step_lines
 
 # One level of 255 shows as 32, which an eye can find on black.
 AMPLIFIED = 32
@@ -67,6 +67,7 @@ tr:first-child > * { border-top: 0; } th { font-weight: 600; color: var(--soft);
   font-size: .8125rem; }
 td { font-variant-numeric: tabular-nums; } td:last-child, th:last-child { padding-right: 0; }
 td small { display: block; color: var(--soft); font-size: .8125rem; }
+td:first-child, td:last-child small { overflow-wrap: anywhere; } td:first-child { min-width: 6rem; }
 @media (max-width: 30rem) { .wide { display: none; } main { padding: .75rem .75rem 2rem; }
   .card { padding: .75rem; } table { font-size: .8125rem; } th, td { padding-right: .5rem; }
   th, td small { font-size: .75rem; }
@@ -319,11 +320,11 @@ def _latency(report: Report) -> str:
     rows = [
         [
             _named(row.component, row.runtime) + _parts(row),
-            f"{row.median_ms:.1f} ms",
-            f"{row.p90_ms:.1f} ms",
-            f"{row.min_ms:.1f} ms",
-            f"{row.first_ms:.1f} ms",
-            f"{row.load_ms:.0f} ms",
+            f"{short(row.median_ms)} ms",
+            f"{short(row.p90_ms)} ms",
+            f"{short(row.min_ms)} ms",
+            f"{short(row.first_ms)} ms",
+            f"{short(row.load_ms, 0)} ms",
             f"{row.repeats} after {row.warm_up}",
         ]
         for row in report.latency
@@ -344,7 +345,7 @@ def _latency(report: Report) -> str:
             row.median_ms,
             row.min_ms,
             row.p90_ms,
-            f"{row.median_ms:.1f} ms",
+            f"{short(row.median_ms)} ms",
         )
         for row in report.latency
     ]
@@ -356,10 +357,10 @@ def _parts(row: Latency) -> str:
     """What a whole picture is made of: each model's calls, the UNet's being the steps; memory."""
     told = []
     for name, times in row.parts_ms.items():
-        calls = f"{len(times)} calls, {min(times):.1f} to {max(times):.1f} ms each"
-        told.append(f"{name} {times[0]:.1f} ms" if len(times) == 1 else f"{name} {calls}")
+        calls = f"{len(times)} calls, {short(min(times))} to {short(max(times))} ms each"
+        told.append(f"{name} {short(times[0])} ms" if len(times) == 1 else f"{name} {calls}")
     if row.component == PIPELINE and row.peak_bytes is not None:
-        told.append(f"{row.peak_bytes / 1e6:.0f} MB at most")
+        told.append(f"{short(row.peak_bytes / 1e6, 0)} MB at most")
     return f"<small>{escape('; '.join(told))}</small>" if told else ""
 
 
@@ -372,12 +373,12 @@ def _sizes(report: Report) -> str:
     rows = [
         [
             escape(size.component).replace("_", "_<wbr>"),
-            f"{size.parameters / 1e6:.2f} M",
-            f"{size.bytes / 1e6:.1f} MB",
-            f"{size.macs / 1e9:.2f}",
+            f"{short(size.parameters / 1e6, 2)} M",
+            f"{short(size.bytes / 1e6)} MB",
+            short(size.macs / 1e9, 2),
             escape(size.scheme),
             "<br>".join(
-                f"{peak / 1e6:.0f} MB<small>{escape(runtime)}</small>"
+                f"{short(peak / 1e6, 0)} MB<small>{escape(runtime)}</small>"
                 for (component, runtime), peak in peaks.items()
                 if component == size.component
             )
@@ -445,6 +446,11 @@ def _options(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in options.items()) or "its own defaults"
 
 
+def _threads(there: Environment) -> str:
+    """What was asked of all libraries; a runtime's own `threads` is among its options."""
+    return ", ".join(f"{k}={v}" for k, v in there.threads.items()) or "each library's own"
+
+
 def _environment(report: Report) -> str:
     here = report.environment
     facts = {
@@ -452,7 +458,7 @@ def _environment(report: Report) -> str:
         "CPU features": ", ".join(here.cpu_flags) or "none of those that matter",
         "System": here.system,
         "Runtime's options": _options(report.options),
-        "Threads": ", ".join(f"{k}={v}" for k, v in here.threads.items()) or "each library's own",
+        "Threads": _threads(here),
         "Libraries": ", ".join(f"{k} {v}" for k, v in here.libraries.items()),
         "Python": here.python,
         "Manifest": report.manifest_sha256,
@@ -460,7 +466,7 @@ def _environment(report: Report) -> str:
     cards = [("Where this was " + ("judged" if report.devices else "measured"), facts)]
     for device in report.devices:
         there = device.environment
-        memory = f", {device.memory_bytes / 1e9:.1f} GB" if device.memory_bytes else ""
+        memory = f", {short(device.memory_bytes / 1e9)} GB" if device.memory_bytes else ""
         cards.append(
             (
                 f"Where it ran: {device.name}",
@@ -470,6 +476,7 @@ def _environment(report: Report) -> str:
                     "CPU features": ", ".join(there.cpu_flags) or "none of those that matter",
                     "System": there.system,
                     "Runtime's options": _options(device.options),
+                    "Threads": _threads(there),
                     "Heat": device.thermal or "not told",
                     "Libraries": ", ".join(f"{k} {v}" for k, v in there.libraries.items()),
                 },

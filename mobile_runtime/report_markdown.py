@@ -8,6 +8,7 @@ from mobile_runtime.report import (
     prompt_rows,
     row_status,
 )
+from mobile_runtime.report_plots import short
 
 WORDS = {"pass": "pass", "fail": "**FAIL**", "not_run": "*not run*", "not_gated": "no gate"}
 
@@ -52,10 +53,10 @@ def render(report: Report) -> str:
             (
                 row.component,
                 row.runtime,
-                f"{row.median_ms:.1f}",
-                f"{row.p90_ms:.1f}",
-                f"{row.first_ms:.1f}",
-                f"{row.peak_bytes / 1e6:.0f}" if row.peak_bytes else "-",
+                short(row.median_ms),
+                short(row.p90_ms),
+                short(row.first_ms),
+                short(row.peak_bytes / 1e6, 0) if row.peak_bytes else "-",
             )
             for row in report.latency
         ],

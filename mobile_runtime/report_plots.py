@@ -13,8 +13,9 @@ FEW_POINTS = 60
 """More of them are a line without dots."""
 
 STYLE = """
-.bars { display: grid; grid-template-columns: minmax(7rem, max-content) minmax(0, 1fr) max-content;
+.bars { display: grid; grid-template-columns: fit-content(40%) minmax(0, 1fr) max-content;
   gap: .35rem .75rem; align-items: center; font-size: .875rem; }
+.bars .label { overflow-wrap: anywhere; }
 .bars small { display: block; color: var(--soft); font-size: .75rem; }
 .track { position: relative; height: 1rem; }
 .fill { position: absolute; inset: .15rem auto .15rem 0; background: var(--bar);
@@ -28,8 +29,14 @@ STYLE = """
 .plot .dashed { stroke: var(--soft); stroke-dasharray: 4 4; }
 .plot circle { fill: var(--bar); }
 @media (max-width: 30rem) { .plot text { font-size: 22px; } .bars { font-size: .8125rem;
-  grid-template-columns: minmax(5rem, max-content) minmax(0, 1fr) max-content; } }
+  grid-template-columns: minmax(0, 1fr) max-content; } .bars .label { grid-column: 1 / -1; }
+  .bars .label:not(:first-child) { margin-top: .35rem; } }
 """
+
+
+def short(value: float, decimals: int = 1) -> str:
+    """A figure in few letters, whatever a device has told: with an exponent from ten million."""
+    return f"{value:.{decimals}f}" if abs(value) < 1e7 else f"{value:.1e}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def bars(rows: Sequence[Bar], longest: float | None = None) -> str:
             parts.append(f'<span class="gate" style="left: {percent(row.mark)}"></span>')
         name = escape(row.name).replace("_", "_<wbr>")
         cells.append(
-            f"<span>{name}<small>{escape(row.runtime)}</small></span>"
+            f'<span class="label">{name}<small>{escape(row.runtime)}</small></span>'
             f'<span class="track">{"".join(parts)}</span><b>{escape(row.label)}</b>'
         )
     return f'<div class="bars">{"".join(cells)}</div>'
@@ -74,7 +81,7 @@ def parity_bar(
 ) -> Bar:
     """The bar of an SNR in dB (None: not told), of at most HIGHEST_DB."""
     value = HIGHEST_DB if equal else snr_db or 0.0
-    label = "equal" if equal else "–" if snr_db is None else f"{snr_db:.1f} dB"
+    label = "equal" if equal else "–" if snr_db is None else f"{short(snr_db)} dB"
     return Bar(name, runtime, value, label=label, mark=gate_db)
 
 

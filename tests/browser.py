@@ -52,8 +52,11 @@ addEventListener("load", () => {
   const broken = [...document.images].filter(i => !i.naturalWidth).map(i => i.alt);
   const scrolls = [...document.querySelectorAll(".scroll")]
     .filter(e => e.scrollWidth > e.clientWidth + 1).length;
+  const thin = [...document.querySelectorAll(".track")].filter(e =>
+    e.getBoundingClientRect().width < e.parentElement.getBoundingClientRect().width / 3)
+    .map(e => name(e.previousElementSibling));
   const found = {width, page: document.documentElement.scrollWidth, wide, cut, faint, broken,
-    scrolls, background: light(getComputedStyle(document.body).backgroundColor)};
+    thin, scrolls, background: light(getComputedStyle(document.body).backgroundColor)};
   parent.postMessage(JSON.stringify(found), "*");
 });
 </script>
@@ -77,8 +80,9 @@ def look(page: Path, width: int, scheme: Scheme, folder: Path) -> dict[str, Any]
     """Open a page; what was found, and `screenshot`, a file in the folder.
 
     wide: elements beyond the window's edges. cut: those with hidden content. faint: texts of a
-    contrast under 4.5 (WCAG 2.2, AA). broken: pictures that do not show. scrolls: how many tables
-    have to be scrolled sideways. background: its luminance.
+    contrast under 4.5 (WCAG 2.2, AA). broken: pictures that do not show. thin: bars with less than
+    a third of their plot's width to grow in. scrolls: how many tables have to be scrolled sideways.
+    background: its luminance.
     """
     copy = folder / f"{page.stem}-{width}-{scheme}.html"
     copy.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{_LOOK}</body>"))

@@ -47,6 +47,9 @@ def rehash(folder: Path) -> None:
     for entry in manifest["files"]:
         content = (folder / entry["path"]).read_bytes()
         entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    for component in manifest["components"]:
+        sizes = [f["bytes"] for f in manifest["files"] if f["path"].startswith(component["path"])]
+        component["bytes"] = sum(sizes)
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -15,6 +15,7 @@ from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import run_cli
 from mobile_runtime.layers_alone import cut_out
 from tests.converters.small import make_small_pipeline
+from tests.mobile_runtime.test_progress import a_terminal
 
 RECIPE = """
 name: small
@@ -80,6 +81,13 @@ def test_a_process_of_its_own_gives_the_same_bits(folder, capsys):
     plans = Bundle.open(folder / "bundle").manifest.quantization
     count = sum(plan.activations != "none" for plan in plans)  # an embedding has none
     assert f"{count} of {count} quantized layers are equal in every bit" in text
+
+
+def test_layers_alone_tell_on_a_terminal_what_runs(folder, monkeypatch):
+    terminal = a_terminal(monkeypatch)
+    assert run_cli(main, ["layers", str(folder / "bundle"), "--device", "local"]) == 0
+    for text in ("cut the quantized layers out", "layers here", "layers on local"):
+        assert text in terminal.getvalue()
 
 
 def test_a_devices_report_tells_its_layers_alone(folder, tmp_path, capsys, monkeypatch):

@@ -61,6 +61,7 @@ def other_scaling(manifest: dict[str, Any]) -> None:
 
 
 def weaker_guidance(manifest: dict[str, Any]) -> None:
+    manifest["generation"]["guidance_scale"] -= 0.5
     for prompt in manifest["golden"]["prompts"]:
         prompt["guidance_scale"] -= 0.5
 

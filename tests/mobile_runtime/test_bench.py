@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mobile_runtime import bench
 from mobile_runtime.__main__ import main
 from mobile_runtime.bench import alternate, ratio_of
 from mobile_runtime.bundle import Bundle
@@ -91,6 +92,25 @@ def test_a_bundle_beside_itself_takes_as_long(bundle: Bundle, tmp_path: Path, ca
     parts = json.loads(file.read_text())["parts"]
     assert [len(part["timings"]) for part in parts] == [2, 2, 2, 2]
     assert all(0.4 < part["ratio"]["median"] < 2.5 for part in parts)
+
+
+def test_a_file_of_times_is_replaced_only_with_force(
+    bundle: Bundle, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "new" / "times.json"
+    argv = ["bench", str(bundle.path), "--rounds", "2", "--json", str(file)]
+    assert run_cli(main, argv) == 0
+    before = file.read_text()
+    monkeypatch.setattr(bench, "Call", None)  # refused before anything is loaded
+    assert run_cli(main, argv) == 2
+    assert "times.json already exists; choose another --json, or add --force" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.undo()
+    assert run_cli(main, [*argv, "--force", "--rounds", "3"]) == 0
+    assert file.read_text() != before
+    assert run_cli(main, [*argv[:-1], str(tmp_path), "--force"]) == 2
+    assert "is no file that can be replaced" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

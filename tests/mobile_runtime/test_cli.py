@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -301,6 +302,47 @@ def test_info_tells_what_a_bundle_holds(bundle: Bundle, capsys: pytest.CaptureFi
     told = capsys.readouterr().out
     for part in ("tiny: onnx", "16 x 16", "steps: 2, 4", "unet/model.onnx", "not validated yet"):
         assert part in told
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "told"),
+    [
+        ("validate", "-1", "-1 is too few; it has to be 0 or more"),
+        ("validate", "one", "'one' is not a whole number"),
+        ("validate", "1.5", "'1.5' is not a whole number"),
+        ("profile", "-1", "take at least one"),
+    ],
+)
+def test_repeats_that_are_none_are_refused(
+    bundle: Bundle, command: str, text: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(command, bundle.path, "--repeats", text)
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def helped(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(*command, "--help")
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_help_of_each_command_ends_with_examples_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    listed = helped(capsys)
+    commands = re.findall(r"^    ([a-z]+)(?: |$)", listed, re.MULTILINE)
+    assert {"generate", "validate", "compare", "devices", "reference"} <= set(commands)
+    for command in commands:
+        start = f"  python -m mobile_runtime {command}"
+        assert start in listed
+        _, _, examples = helped(capsys, command).partition("examples:\n")
+        lines = examples.split("\n\n")[0].rstrip().splitlines()
+        assert lines
+        for line in lines:
+            assert line == start or line.startswith(f"{start} ")
 
 
 def test_help_ends_with_examples_and_needs_no_bundle() -> None:

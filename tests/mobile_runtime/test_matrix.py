@@ -1,7 +1,9 @@
 """Runtimes against each other: equal bits, decibels, or why there is nothing to compare."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,31 @@ def test_two_bundles_of_a_recipe_are_compared(bundle: Bundle, tmp_path: Path, ca
     assert not pairs["unet"]["equal"]
     assert 30 < pairs["unet"]["snr_db"] < 100
     assert pairs["vae_decoder"]["equal"]
+
+
+def test_a_file_of_figures_is_replaced_only_with_force_and_as_a_whole(
+    bundle: Bundle, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "matrix.json"
+    file.write_text("mine")
+    argv = [bundle.path, bundle.path, "--json", file]
+    assert run(*argv) == 2
+    told = capsys.readouterr()
+    assert "matrix.json already exists; choose another --json, or add --force" in told.err
+    assert told.out == ""
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", full)
+        assert run(*argv, "--force") == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir() if path.is_file()] == [
+        ("matrix.json", "mine")
+    ]
+    assert run(*argv, "--force") == 0
+    assert len(json.loads(file.read_text())) == 3
 
 
 def test_devices_are_compared(bundle: Bundle, tmp_path: Path, capsys: Any) -> None:

@@ -1,14 +1,17 @@
 """The report's page and the comparison's, in a real browser: a phone and a desktop, light and dark.
 
-The pages are as full as they get: a failure with the values inside, a long plan, a device.
+The pages are as full as they get: a failure with the values inside, a long plan, long names, a
+device with the longest time, and one that never answered.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mobile_runtime import report_markdown
 from mobile_runtime.__main__ import main
 from mobile_runtime.errors import run_cli
 from mobile_runtime.manifest import LayerPlan
@@ -20,6 +23,7 @@ from tests.bundles import make_bundle
 
 PHONE, DESKTOP = 390, 1280
 MAX_BYTES = 3_000_000
+SILENT = "folder:../results-of-a-phone"
 LAYER = "unet.up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_out.0"
 in_a_browser = pytest.mark.skipif(chromium() is None, reason="there is no Chromium here")
 
@@ -57,8 +61,36 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
         memory_bytes=8 * 10**9,
         environment=report.environment,
     )
-    full = with_checks(report, [inside])
-    return full.model_copy(update={"quantization": plans, "devices": (device,)})
+    silent = Check(
+        kind="outputs",
+        component="unet",
+        runtime=f"onnxruntime on {SILENT}",
+        status="not_run",
+        gated=True,
+        reason="it did not answer",
+    )
+    answered = silent.model_copy(
+        update={"runtime": f"onnxruntime on {device.name}", "status": "pass"}
+    )
+    unet = next(row for row in report.latency if row.component == "unet")
+    slow = unet.model_copy(
+        update={
+            "runtime": answered.runtime,
+            "median_ms": 1e9,
+            "p90_ms": 1e9,
+            "peak_bytes": 2**62,
+        }
+    )
+    full = with_checks(report, [inside, answered, silent])
+    return full.model_copy(
+        update={
+            "bundle": "pocket_turbo_of_some_recipe_w8a8",
+            "quantization": plans,
+            "devices": (device,),
+            "latency": (*report.latency, slow),
+            "asked_gates": {"picture_psnr_db": 99.5},
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +113,7 @@ def test_a_page_fits_and_can_be_read(
     found = look(pages[name], width, scheme, tmp_path)
     assert found["width"] == width
     assert found["page"] <= width
-    for fault in ("wide", "cut", "faint", "broken"):
+    for fault in ("wide", "cut", "faint", "broken", "thin"):
         assert found[fault] == [], fault
     assert found["scrolls"] == 0
     assert (found["background"] < 0.1) == (scheme == "dark")
@@ -122,12 +154,32 @@ def test_a_comparison_tells_each_report(report, pages, tmp_path, capsys):
     argv = ["compare", folder, f"{folder}/report.json", "-o", str(tmp_path / "new" / "page.html")]
     assert run_cli(main, [*argv, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 2
-    assert rows[0] == rows[1]
+    assert len(rows) == 6
+    assert rows[:3] == rows[3:]
     assert rows[0]["verdict"] == "fail"
     assert set(rows[0]["median_ms"]) == {"text_encoder", "unet", "vae_decoder", "pipeline"}
     assert run_cli(main, argv) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+def test_a_device_that_never_answered_is_given_no_processor(report, pages, tmp_path, capsys):
+    folder = str(pages["report"].parent)
+    assert run_cli(main, ["compare", folder, "-o", str(tmp_path / "page.html"), "--json"]) == 0
+    runtimes = [row["runtime"] for row in json.loads(capsys.readouterr().out)]
+    assert runtimes == [
+        f"onnxruntime, {report.environment.cpu}",
+        f"onnxruntime on {report.devices[0].name}, A phone of some make, emulated",
+        f"onnxruntime on {SILENT}",
+    ]
+
+
+def test_the_longest_time_is_told_in_few_letters(report, pages, tmp_path, capsys):
+    argv = ["compare", str(pages["report"].parent), "-o", str(tmp_path / "page.html")]
+    assert run_cli(main, argv) == 0
+    texts = [page.read_text(encoding="utf-8") for page in pages.values()]
+    for text in (*texts, capsys.readouterr().out, report_markdown.render(report)):
+        assert not re.search(r"\d{20}", re.sub(r'"data:[^"]*"|[0-9a-f]{64}', "", text))
+    assert all("1.0e+09 ms" in text for text in texts)
 
 
 def test_a_failed_baseline_is_the_comparisons_verdict_too(tmp_path, capsys):

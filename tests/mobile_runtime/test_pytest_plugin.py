@@ -1,11 +1,15 @@
 """The pytest plugin shows a bundle's checks as tests, for a continuous integration of one's own."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mobile_runtime.__main__ import main
 from mobile_runtime.bundle import Bundle
+from mobile_runtime.errors import run_cli
 from mobile_runtime.manifest import Manifest
 from tests.bundles import make_bundle
 
@@ -52,8 +56,8 @@ def test_the_pytest_plugin_shows_every_check_of_a_good_bundle_as_a_test(
     pytester: pytest.Pytester, good: Bundle
 ) -> None:
     result = run_plugin(pytester, good)
-    # Thirteen checks of components and twelve of two prompts, of which the trajectories are told.
-    result.assert_outcomes(passed=23, skipped=2)
+    # Thirteen checks of components and fourteen of two prompts; nothing is there to replay.
+    result.assert_outcomes(passed=25, skipped=2)
     result.stdout.fnmatch_lines(["*PASSED *unet_conditioning[[]onnxruntime]*"])
     result.stdout.fnmatch_lines(["*PASSED *pipeline_picture[[]onnxruntime-prompt1]*"])
 
@@ -63,7 +67,7 @@ def test_the_pytest_plugin_fails_with_the_reason_and_no_traceback(
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle", change_golden=louder_goldens)
     result = run_plugin(pytester, bundle, "-k", "unet_same_function")
-    result.assert_outcomes(failed=1, deselected=24)
+    result.assert_outcomes(failed=1, deselected=26)
     result.stdout.fnmatch_lines(["*has an SNR of * dB, and its gate is 60 dB*"])
     result.stdout.no_fnmatch_line("*Traceback*")
     result.stdout.no_fnmatch_line("*pytest_plugin.py*")
@@ -100,15 +104,15 @@ def test_the_pytest_plugin_fails_what_could_not_run(
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle", change_manifest=without_pairs)
     result = run_plugin(pytester, bundle, "-k", "unet_conditioning")
-    result.assert_outcomes(failed=1, deselected=24)
+    result.assert_outcomes(failed=1, deselected=26)
 
 
 def test_the_pytest_plugin_runs_beside_the_tests_that_are_named(
     pytester: pytest.Pytester, good: Bundle
 ) -> None:
     pytester.makepyfile(test_mine="def test_mine(): pass")
-    run_plugin(pytester, good).assert_outcomes(passed=23, skipped=2)
-    run_plugin(pytester, good, "test_mine.py").assert_outcomes(passed=24, skipped=2)
+    run_plugin(pytester, good).assert_outcomes(passed=25, skipped=2)
+    run_plugin(pytester, good, "test_mine.py").assert_outcomes(passed=26, skipped=2)
 
 
 def test_the_pytest_plugin_gives_ids_that_begin_with_the_bundles_folder_and_select_a_test(
@@ -116,16 +120,73 @@ def test_the_pytest_plugin_gives_ids_that_begin_with_the_bundles_folder_and_sele
 ) -> None:
     result = run_plugin(pytester, good, "--collect-only", "-q")
     ids = [line for line in result.outlines if "::" in line]
-    assert len(ids) == 25
+    assert len(ids) == 27
     assert all(line.startswith("bundle::") for line in ids)
     chosen = "bundle::unet_same_function[onnxruntime]"
     assert chosen in ids
     run_plugin(pytester, good, chosen).assert_outcomes(passed=1)
     run_plugin(pytester, good, "--deselect", chosen).assert_outcomes(
-        passed=22, skipped=2, deselected=1
+        passed=24, skipped=2, deselected=1
     )
     pytester.makepyfile(test_mine="def test_mine(): pass")
     run_plugin(pytester, good, "test_mine.py", chosen).assert_outcomes(passed=2)
+
+
+def baseline_of(bundle: Bundle, file: Path, **changes: Any) -> str:
+    """The option for a baseline that `validate` stored, with some of its figures changed."""
+    argv = ["validate", str(bundle.path), "-o", str(file.parent / "report")]
+    assert run_cli(main, [*argv, "--save-baseline", str(file)]) == 0
+    data = json.loads(file.read_text())
+    data["model_bytes"] |= changes.get("model_bytes", {})
+    for figure in data["figures"]:
+        key = f"{figure['component']}_{figure['kind']}"
+        figure["value_db"] = changes.get(key, figure["value_db"])
+    file.write_text(json.dumps(data))
+    return f"--bundle-baseline={file}"
+
+
+def test_the_pytest_plugin_holds_each_component_to_a_stored_baseline(
+    pytester: pytest.Pytester, good: Bundle, tmp_path: Path
+) -> None:
+    same = baseline_of(good, tmp_path / "same.json")
+    result = run_plugin(pytester, good, same)
+    result.assert_outcomes(passed=29, skipped=2)
+    result.stdout.fnmatch_lines(["*PASSED *unet_baseline*", "*PASSED *pipeline_baseline*"])
+    chosen = run_plugin(pytester, good, same, "bundle::pipeline_baseline")
+    chosen.assert_outcomes(passed=1)
+
+
+def test_the_pytest_plugin_fails_what_is_worse_than_the_baseline(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle", change_golden=louder_goldens)
+    good = make_bundle(tmp_path / "good")
+    better = baseline_of(good, tmp_path / "b.json", model_bytes={"text_encoder": 1, "gone": 5})
+    result = run_plugin(pytester, bundle, better, "-k", "baseline")
+    result.assert_outcomes(passed=2, failed=3, deselected=27)
+    result.stdout.fnmatch_lines(["*it grew from 1 to * bytes*"])
+    result.stdout.fnmatch_lines(["*same function in onnxruntime fell from * to * dB*"])
+    result.stdout.fnmatch_lines(["*it is gone*"])
+    result.stdout.no_fnmatch_line("*pytest_plugin.py*")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [(None, "make it with --save-baseline"), ("{", "is no baseline"), ("other", "save one of its")],
+)
+def test_the_pytest_plugin_refuses_what_is_no_baseline_of_this_bundle(
+    pytester: pytest.Pytester, good: Bundle, tmp_path: Path, text: str | None, told: str
+) -> None:
+    file = tmp_path / "baseline.json"
+    if text == "other":
+        baseline_of(good, file)
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"bundle": "other"}))
+    elif text is not None:
+        file.write_text(text)
+    result = run_plugin(pytester, good, f"--bundle-baseline={file}")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines([f"*{told}*"])
+    result.stdout.no_fnmatch_line("*Traceback*")
 
 
 def without_prompts(manifest: Manifest) -> Manifest:

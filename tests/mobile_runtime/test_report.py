@@ -103,8 +103,8 @@ def test_a_pass_names_what_was_measured_without_a_gate() -> None:
         )
     )
     assert verdict == "pass"
-    # No gate can be set for a trajectory, so nobody misses one.
-    assert summary.endswith("; not gated: same function of unet in onnxruntime, source")
+    wanted = "; not gated: same function of unet in onnxruntime, source, trajectory"
+    assert summary.endswith(wanted)
 
 
 def test_a_pass_with_every_gate_set_names_no_missing_one() -> None:
