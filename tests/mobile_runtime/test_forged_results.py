@@ -1,6 +1,8 @@
 """Results that are not what a device computed: none passes, and none ends in a traceback."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from mobile_runtime.devices.processes import ProcessDevice
 from mobile_runtime.errors import UserError, run_cli
 from mobile_runtime.job_runner import run_job
 from mobile_runtime.on_devices import Asked, validate_on
-from mobile_runtime.report import Report, load_report, write_report
+from mobile_runtime.report import REPORT_JSON, Report, load_report, write_report
 from tests.bundles import make_bundle
 
 QUICK = Asked(options={"threads": 1}, repeats=2, timeout_s=60)
@@ -193,11 +195,15 @@ def test_what_was_measured_outlives_a_report_that_cannot_be_written(
     argv = ["validate", str(bundle.path), "--device", "local", "--repeats", "2"]
     argv += ["--option", "threads=1", "-o", str(tmp_path / "report")]
 
-    def no_room(path: Path, text: str) -> Path:
-        raise OSError(28, "No space left on device")
+    replace = Path.replace
+
+    def no_room(path: Path, target: Path) -> Path:
+        if target.name == REPORT_JSON:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mobile_runtime.report.write_atomically", no_room)
+        patch.setattr(Path, "replace", no_room)
         assert run_cli(main, argv) == 2
     assert "No space left on device" in capsys.readouterr().err
     monkeypatch.setattr(ProcessDevice, "_process", None)  # nothing is run again
