@@ -43,7 +43,6 @@ def parser_for(target: Target) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "-o",
-        "-o",
         "--output",
         type=Path,
         metavar="DIR",
