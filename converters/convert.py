@@ -111,6 +111,7 @@ def convert(request: Request, progress: Progress) -> Bundle:
             stages.save(pipeline, plans, request.save_pipeline)
         built = build_components(pipeline, recipe)
         vectors = golden.write(cases, built, make_pipeline, writer.path, progress)
+        tokens = golden.every_token(built["text_encoder"], read_tokenizer(tokenizer, writer.path))
 
         if request.target == "onnx" and not options.ort_format:
             target.write_optimum_files(pipeline, writer.path, recipe.components, recipe.resolution)
@@ -125,7 +126,9 @@ def convert(request: Request, progress: Progress) -> Bundle:
             gc.collect()
 
         progress("write the bundle")
-        vectors = vectors.model_copy(update={"taps": _tapped(recipe.components, writer.path)})
+        tapped = _tapped(recipe.components, writer.path)
+        update = {"taps": tapped, "vocabulary": golden.write_tokens(tokens, tapped, writer.path)}
+        vectors = vectors.model_copy(update=update)
         return writer.commit(
             Manifest(
                 name=recipe.name,

@@ -6,7 +6,7 @@ stages (`source`) and after them (`out`, same function).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,12 +15,19 @@ import torch
 from safetensors.numpy import save_file
 
 from converters.components import Component
+from mobile_runtime import vocabulary
 from mobile_runtime.manifest import ComponentName, Golden, GoldenPrompt
 from mobile_runtime.pipeline import Pipeline, Result
-from mobile_runtime.sketches import sketch
+from mobile_runtime.sketches import SKETCH_SIZE, sketch
+from mobile_runtime.taps import open_taps
+from mobile_runtime.tokenizer import ClipTokenizer
+from mobile_runtime.vocabulary import Vocabulary
 
 Arrays = dict[str, np.ndarray]
 Runner = Callable[[Arrays], Arrays]
+
+EMBEDDING = "token_embedding"
+"""What CLIP's text encoder calls the layer that looks tokens up."""
 
 
 def torch_runner(component: Component) -> Runner:
@@ -182,6 +189,28 @@ def write(
         pipeline="golden/pipeline.safetensors",
         prompts=cases.prompts,
     )
+
+
+def every_token(component: Component, tokenizer: ClipTokenizer) -> Vocabulary:
+    """What the tokenizer and the text encoder's token embedding give for all tokens."""
+    words, ids = vocabulary.words_of(tokenizer), vocabulary.rows_of(tokenizer)
+    modules = dict(component.module.named_modules())
+    layer = next((name for name in modules if name.endswith(EMBEDDING)), None)
+    sketches = np.zeros((len(ids), SKETCH_SIZE), np.float32)
+    if layer is not None:
+        with torch.no_grad():
+            for k, row in enumerate(ids):
+                sketches[k] = sketch(modules[layer](torch.from_numpy(row[None])).numpy())
+    word_ids = tuple(tuple(tokenizer.ids(word)) for word in words)
+    return Vocabulary(words, word_ids, ids, sketches, None)
+
+
+def write_tokens(tokens: Vocabulary, taps: Mapping[ComponentName, str], folder: Path) -> str:
+    """Write `golden/vocabulary.safetensors`, with the embedding's name as the taps found it."""
+    found = open_taps(folder / taps["text_encoder"]).taps if "text_encoder" in taps else ()
+    value = next((tap.value for tap in found if tap.layer.endswith(EMBEDDING)), None)
+    vocabulary.write(replace(tokens, value=value), folder / vocabulary.PATH)
+    return vocabulary.PATH
 
 
 def _between_models(seen: Mapping[str, list[tuple[Arrays, Arrays]]]) -> Arrays:

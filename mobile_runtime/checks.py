@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mobile_runtime import backends, taps
+from mobile_runtime import backends, taps, vocabulary
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.goldens import Arrays, Case, golden_cases
 from mobile_runtime.manifest import ComponentName
@@ -128,6 +128,38 @@ def check_inside(
     reason = f"the first layer that diverges is {taps.tell(first, runtime.arithmetic)}"
     value = finite(first.snr_db)
     return [tell("inside", "fail", reason, value=value, unit="dB", details=details)]
+
+
+def check_vocabulary(bundle: Bundle, runtime: Runtime) -> Check:
+    """Hold every token against the conversion: the tokenizer's ids, and the embedding's rows.
+
+    The rows are told as not looked at where the runtime does not show its values.
+    """
+    tell = Teller("text_encoder", runtime.label)
+    known = vocabulary.read(bundle)
+    if known is None:
+        reason = "every token: the bundle was made without its vocabulary; convert it again"
+        return tell("vocabulary", "not_run", reason).model_copy(update={"gated": False})
+    if fault := vocabulary.tokenizer_fault(bundle, known):
+        return tell("vocabulary", "fail", fault)
+    told = f"{len(known.words)} words have the ids that they had at conversion"
+    rows = vocabulary.measure(bundle, known, runtime)
+    if isinstance(rows, NoRun):
+        if rows.status == "fail":
+            return tell("vocabulary", "fail", rows.reason)
+        return tell("vocabulary", "pass", f"{told}; their embeddings: {rows.reason}")
+    worst = min(rows.snr_db, key=lambda snr_db: (finite(snr_db) is not None, snr_db))
+    figures: dict[str, Any] = {"value": finite(worst), "unit": "dB", "gate": rows.gate_db}
+    if rows.wrong:
+        first = known.ids[rows.wrong[0]]
+        reason = (
+            f"the embedding differs from PyTorch's for some of the ids {first.min()} to "
+            f"{first.max()} ({worst:.1f} dB, gate {rows.gate_db:g}); {len(rows.wrong)} of "
+            f"{len(known.ids)} such groups differ"
+        )
+        return tell("vocabulary", "fail", reason, **figures)
+    reason = f"{told}, and all {len(np.unique(known.ids))} rows of the embedding are PyTorch's"
+    return tell("vocabulary", "pass", reason, **figures)
 
 
 def can_look_inside(bundle: Bundle, component: ComponentName, runtime: Runtime) -> bool:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from mobile_runtime.arguments import check_new_file
-from mobile_runtime.bundle import MANIFEST
+from mobile_runtime.bundle import MANIFEST, Bundle
 from mobile_runtime.errors import UserError
 from mobile_runtime.gates import told_gates
 from mobile_runtime.parity import Status
@@ -18,6 +18,7 @@ from mobile_runtime.report import (
     Check,
     Report,
     load_report,
+    read_report,
     write_atomically,
 )
 from mobile_runtime.report_html import page, table, verdict_mark
@@ -226,6 +227,8 @@ def _file(path: Path) -> Path:
     """The report that a path means."""
     if path.is_dir():
         if (path / REPORT_JSON).is_file():
+            if (path / MANIFEST).is_file():  # of another bundle it says nothing of this one
+                read_report(Bundle.open(path, verify=False))
             return path / REPORT_JSON
         if (path / MANIFEST).is_file():
             raise UserError(

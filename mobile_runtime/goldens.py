@@ -49,10 +49,13 @@ class GoldenFile:
             )
         return tensor
 
-    def group(self, prefix: str, specs: Sequence[TensorSpec]) -> Arrays:
-        """The tensors under a prefix, by the rest of their names; each of `specs` is there."""
+    def group(self, prefix: str, specs: Sequence[TensorSpec], *, formed: bool = True) -> Arrays:
+        """The tensors under a prefix, by the rest of their names; each of `specs` is there.
+
+        formed: they have the shapes of `specs`.
+        """
         for spec in specs:
-            self.get(prefix + spec.name)
+            self.get(prefix + spec.name, spec.shape if formed else None)
         return {
             name.removeprefix(prefix): tensor
             for name, tensor in self.tensors.items()
@@ -77,7 +80,7 @@ def golden_cases(bundle: Bundle, component: ComponentName) -> list[Case]:
         Case(
             file.group(f"{k}/in/", entry.inputs),
             file.group(f"{k}/out/", entry.outputs),
-            file.group(f"{k}/source/", entry.outputs),
+            file.group(f"{k}/source/", entry.outputs, formed=False),
         )
         for k in range(count)
     ]

@@ -12,6 +12,7 @@ import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,7 +24,8 @@ from safetensors.numpy import load_file, save_file
 from mobile_runtime.bundle import Bundle, sha256
 from mobile_runtime.errors import BundleError, UserError
 from mobile_runtime.goldens import golden_cases, prompt_case
-from mobile_runtime.latency import WARM_UP, Environment, Timing
+from mobile_runtime.latency import WARM_UP, Environment, Timing, Word, plain
+from mobile_runtime.machine import Thermal
 from mobile_runtime.manifest import ComponentName, GoldenPrompt, Strict
 
 JOB, INPUTS, DEVICE = "job.json", "inputs.safetensors", "device.json"
@@ -31,14 +33,6 @@ LONGEST_REASON = 1000
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T", bound=Strict)
-
-
-def _plain(text: object) -> object:
-    """What a device says, as far as a page has room for it, without control characters."""
-    if not isinstance(text, str):
-        return text
-    shown = "".join(char if char.isprintable() else " " for char in text[: 2 * LONGEST_REASON])
-    return shown if len(shown) <= LONGEST_REASON else shown[: LONGEST_REASON - 1] + "…"
 
 
 class ResultError(BundleError):
@@ -106,14 +100,12 @@ class Record(Strict):
     manifest_sha256: str = Field(description="of the bundle as the device has it")
     task: str
     status: Literal["done", "fail", "not_run"]
-    reason: Annotated[str, BeforeValidator(_plain)] = ""
+    reason: Annotated[str, BeforeValidator(partial(plain, longest=LONGEST_REASON))] = ""
     timing: Timing | None = None
-    peak_bytes: Count | None = Field(
+    peak_bytes: Annotated[int, Field(gt=0, le=2**62)] | None = Field(
         default=None, description="the most memory that the process held during the task"
     )
-    thermal: str | None = Field(
-        default=None, description="where known: nominal, fair, serious, critical"
-    )
+    thermal: Thermal | None = Field(default=None, description="where known")
     tensors_sha256: str | None = None
 
     @property
@@ -126,7 +118,7 @@ class DeviceFacts(Strict):
     """`device.json`: what ran the job."""
 
     job: str
-    device: str = Field(description="the model, as people name it")
+    device: Word = Field(description="the model, as people name it")
     emulated: bool = Field(default=False, description="then its times say nothing")
     memory_bytes: Count | None = None
     environment: Environment

@@ -14,11 +14,14 @@ from mobile_runtime.jobs import (
     ResultError,
     under,
 )
-from mobile_runtime.latency import BUDGET_S, Latency, Timing, summary
+from mobile_runtime.latency import BUDGET_S, Latency, Timing, plain, summary
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.pipeline_checks import check_prompt
 from mobile_runtime.report import PIPELINE, Check, Pictures
 from mobile_runtime.runs import ComponentRun, Made, NoRun, PromptRun, Runtime
+
+CALLS = {"text_encoder": {1, 2}, "vae_decoder": {1}}
+"""How often a picture calls them: the text encoder for the negative prompt, too."""
 
 
 @dataclass
@@ -156,9 +159,20 @@ def _untimely(timing: Timing, task: ComponentTask | PromptTask) -> str | None:
             f"has {len(timing.times_ms)} timed calls, and the job asks for {task.repeats} or "
             f"{BUDGET_S:g} s of them"
         )
+    if fault := _parts_fault(timing, task):
+        return fault
     if isinstance(task, ComponentTask) and timing.warm_up < task.warm_up:
         return (
             f"was timed after {timing.warm_up} calls to warm up, and the job asks for "
             f"{task.warm_up}"
         )
+    return None
+
+
+def _parts_fault(timing: Timing, task: ComponentTask | PromptTask) -> str | None:
+    """How the times of a picture's parts are not those of its model calls, if so."""
+    calls = {} if isinstance(task, ComponentTask) else {"unet": {task.golden.steps}, **CALLS}
+    for name, times in timing.parts_ms.items():
+        if len(times) not in calls.get(name, ()):
+            return f"tells {len(times)} times of {plain(name, 40)!r}, which is not what it calls"
     return None

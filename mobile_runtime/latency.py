@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, NonNegativeInt
+from pydantic import BeforeValidator, Field, NonNegativeInt
 
 from mobile_runtime.manifest import Strict
 
@@ -32,6 +32,19 @@ _FLAGS = (
 )
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _LIBRARIES = ("numpy", "onnxruntime", "executorch", "coremltools", "torch", "pocket-diffusion")
+
+
+def plain(text: object, longest: int = 200) -> object:
+    """What a device says, as far as a page has room for it, without control characters."""
+    if not isinstance(text, str):
+        return text
+    shown = "".join(char if char.isprintable() else " " for char in text[: 2 * longest])
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+MANY = 100
+"""More flags, or libraries, than a page has room for."""
+Word = Annotated[str, BeforeValidator(plain)]
 
 
 class Timing(Strict):
@@ -113,14 +126,14 @@ def repeated(
 class Environment(Strict):
     """The machine and the libraries that a report's figures belong to."""
 
-    system: str
-    machine: str
-    cpu: str
-    cpu_flags: tuple[str, ...]
-    cores: int
-    threads: Mapping[str, str]
-    python: str
-    libraries: Mapping[str, str]
+    system: Word
+    machine: Word
+    cpu: Word
+    cpu_flags: tuple[Word, ...] = Field(max_length=MANY)
+    cores: int = Field(ge=0, lt=2**31)
+    threads: Annotated[Mapping[Word, Word], Field(max_length=MANY)]
+    python: Word
+    libraries: Annotated[Mapping[Word, Word], Field(max_length=MANY)]
 
 
 def environment() -> Environment:

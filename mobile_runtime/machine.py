@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal, get_args
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
@@ -31,18 +32,22 @@ def memory_bytes() -> int | None:
     return None
 
 
-def thermal_state() -> str | None:
-    """nominal, fair, serious or critical, as iOS has it; None where the system does not tell.
+Thermal = Literal["nominal", "fair", "serious", "critical"]
+THERMAL: tuple[Thermal, ...] = get_args(Thermal)
+"""As iOS has them, the coolest first."""
+
+
+def thermal_state() -> Thermal | None:
+    """How hot this machine is; None where the system does not tell.
 
     A Linux machine tells the trip points of its zones: past a passive one it slows down.
     """
     zones = list(Path("/sys/class/thermal").glob("thermal_zone*"))
     states = [state for zone in zones if (state := _zone_state(zone)) is not None]
-    order = ("nominal", "fair", "serious", "critical")
-    return max(states, key=order.index, default=None)
+    return max(states, key=THERMAL.index, default=None)
 
 
-def _zone_state(zone: Path) -> str | None:
+def _zone_state(zone: Path) -> Thermal | None:
     try:
         now = int((zone / "temp").read_text())
         trips = [
@@ -52,9 +57,10 @@ def _zone_state(zone: Path) -> str | None:
         passed = {kind for file, kind in trips if 0 < int(file.read_text()) <= now}
     except (OSError, ValueError):
         return None
-    for kind, state in (("critical", "critical"), ("hot", "critical"), ("passive", "serious")):
-        if kind in passed:
-            return state
+    if passed & {"critical", "hot"}:
+        return "critical"
+    if "passive" in passed:
+        return "serious"
     return "fair" if "active" in passed else "nominal"
 
 

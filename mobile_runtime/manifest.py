@@ -14,7 +14,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveInt,
     model_validator,
 )
@@ -50,6 +49,9 @@ def _belongs(file: str, model: str) -> bool:
 
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+SUFFIXES = {"onnx": ".onnx", "ort": ".ort", "mlpackage": ".mlpackage", "pte": ".pte"}
+"""Of a model's path, by its format."""
 
 
 class Strict(BaseModel):
@@ -70,6 +72,12 @@ class TensorSpec(Strict):
     )
     description: str
 
+    @model_validator(mode="after")
+    def _a_letter_an_axis(self) -> "TensorSpec":
+        if len(self.layout) != len(self.shape):
+            raise ValueError(f"the layout {self.layout!r} does not name {len(self.shape)} axes")
+        return self
+
 
 class ComponentEntry(Strict):
     """One model of the bundle: its file, its tensors, and what it costs."""
@@ -82,11 +90,17 @@ class ComponentEntry(Strict):
     scheme: str = Field(description="float32, float16, w8, w8a8_dynamic, ...: what the file holds")
     parameters: NonNegativeInt
     macs: NonNegativeInt = Field(description="multiply-adds of one call")
-    bytes: PositiveInt = Field(description="the model's files, weights included")
+    bytes: PositiveInt = Field(lt=2**63, description="the model's files, weights included")
     details: dict[str, Any] = Field(
         default_factory=dict,
         description="what the target adds: opset, deployment target, delegate calls, ...",
     )
+
+    @model_validator(mode="after")
+    def _format_is_the_files(self) -> "ComponentEntry":
+        if PurePosixPath(self.path).suffix != SUFFIXES[self.format]:
+            raise ValueError(f"{self.path} is no file of the format {self.format}")
+        return self
 
 
 class LayerPlan(Strict):
@@ -206,6 +220,9 @@ class Golden(Strict):
     taps: dict[ComponentName, RelativePath] = Field(
         default={}, description="what is known of the values inside (mobile_runtime/taps.py)"
     )
+    vocabulary: RelativePath | None = Field(
+        default=None, description="every token's ids and embedding (mobile_runtime/vocabulary.py)"
+    )
 
     @model_validator(mode="after")
     def _cases_are_there(self) -> "Golden":
@@ -287,7 +304,7 @@ class Manifest(Strict):
         faults = [f"there is no {name}" for name in PIPELINE_COMPONENTS if name not in names]
         faults += [f"the component {name} is listed twice" for name in _repeated(names)]
         faults += [f"the file {path} is listed twice" for path in _repeated(paths)]
-        faults += self._faults_of_sizes() + self._faults_of_schedules()
+        faults += self._faults_of_sizes() + self._faults_of_schedules() + self._faults_of_gates()
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -325,6 +342,13 @@ class Manifest(Strict):
                 f"steps with guidance {own.guidance_scale:g}"
             )
         return faults
+
+    def _faults_of_gates(self) -> list[str]:
+        """Models in float16 have a gate of their own, unless the recipe switches it off."""
+        off = "float16_snr_db" in (self.recipe.get("gates") or {})
+        if self.arithmetic == "float32" or self.gates.float16_snr_db is not None or off:
+            return []
+        return ["its models compute in float16, and there is no gate float16_snr_db"]
 
     def component(self, name: str) -> ComponentEntry | None:
         """The entry of one component, or None."""

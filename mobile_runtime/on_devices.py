@@ -16,12 +16,13 @@ from mobile_runtime import backends, devices
 from mobile_runtime.backends import default_backend
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.cache import cache_root
-from mobile_runtime.checks import Teller, check_inside
+from mobile_runtime.checks import Teller, check_inside, check_vocabulary
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S, Device, Troubles, Work
 from mobile_runtime.devices.folder import FolderDevice
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.jobs import Job, Result, ResultError, make_job, open_job, writing
 from mobile_runtime.judge import Judged, component_runs, judge_result
+from mobile_runtime.machine import THERMAL, Thermal
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.report import PIPELINE, Check, DeviceRun, Report
 from mobile_runtime.runs import ComponentRun, NoRun, Runtime
@@ -74,6 +75,11 @@ def validate_on(
             "--layers"
         )
     chosen = [devices.find(name) for name in names]
+    for device in chosen:
+        if isinstance(device, FolderDevice) and device.folder.resolve().is_relative_to(
+            bundle.path.resolve()
+        ):
+            raise UserError(f"--device {device.name} lies in the bundle; name another folder")
     same = [device.name for device in chosen]
     if twice := [name for k, name in enumerate(same) if name in same[:k]]:
         raise UserError(f"--device {twice[0]} is named twice; name each once")
@@ -110,6 +116,8 @@ def _inside(bundle: Bundle, tell: Callable[[str], None]) -> list[Check]:
         tell(f"{entry.name} here: look inside")
         for runtime in runtimes(bundle):
             found = check_inside(bundle, entry.name, runtime)
+            if entry.name == "text_encoder":
+                found.append(check_vocabulary(bundle, runtime))
             label = {"runtime": f"{runtime.label} here"}
             checks += [check.model_copy(update=label) for check in found]
     return checks
@@ -326,12 +334,11 @@ def _facts(device: Device, result: Result) -> DeviceRun | None:
     )
 
 
-def _hottest(result: Result) -> str | None:
+def _hottest(result: Result) -> Thermal | None:
     """The worst thermal state that any task was done in, where one is told."""
-    order = ("nominal", "fair", "serious", "critical")
-    told = []
+    told: list[Thermal] = []
     for task in result.job.tasks:
         with contextlib.suppress(ResultError):
             record = result.record(task.name)
             told += [record.thermal] if record is not None and record.thermal else []
-    return max(told, key=lambda state: order.index(state) if state in order else -1, default=None)
+    return max(told, key=THERMAL.index, default=None)

@@ -102,7 +102,11 @@ def read(bundle: Bundle, component: ComponentName) -> Taps | None:
     relative = bundle.manifest.golden.taps.get(component)
     if relative is None:
         return None
-    path = bundle.file(relative)
+    return open_taps(bundle.file(relative))
+
+
+def open_taps(path: Path) -> Taps:
+    """What `write` wrote. BundleError where it is damaged."""
     try:
         with safe_open(path, "numpy") as file:
             metadata, sketches = file.metadata() or {}, file.get_tensor("sketches")

@@ -135,22 +135,31 @@ class ClipTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """The ids, (1, max_length) int32: begin, the text cut to fit, end, padding."""
-        ids = [self.bos_token_id, *self._ids(text)[: self.max_length - 2], self.eos_token_id]
+        ids = [self.bos_token_id, *self.ids(text)[: self.max_length - 2], self.eos_token_id]
         ids += [self.pad_token_id] * (self.max_length - len(ids))
         return np.array([ids], dtype=np.int32)
 
     def dropped(self, text: str) -> str:
         """What `encode` cuts off a prompt that is too long, as text; empty if nothing."""
-        lost = "".join(self._tokens[index] for index in self._ids(text)[self.max_length - 2 :])
-        bytes_of = {letter: byte for byte, letter in enumerate(self._letters)}
-        spaced = lost.replace(END_OF_WORD, " ").strip()
-        raw = b"".join(
-            bytes([bytes_of[letter]]) if letter in bytes_of else letter.encode()
-            for letter in spaced
-        )
-        return raw.decode("utf-8", errors="replace")
+        lost = "".join(self._tokens[index] for index in self.ids(text)[self.max_length - 2 :])
+        return self._bytes_of(lost).decode("utf-8", errors="replace")
 
-    def _ids(self, text: str) -> list[int]:
+    def text_of(self, token: str) -> str:
+        """What a token of the vocabulary says; empty where its bytes alone are no text."""
+        try:
+            return self._bytes_of(token).decode("utf-8")
+        except UnicodeDecodeError:
+            return ""
+
+    def _bytes_of(self, tokens: str) -> bytes:
+        bytes_of = {letter: byte for byte, letter in enumerate(self._letters)}
+        return b"".join(
+            bytes([bytes_of[letter]]) if letter in bytes_of else letter.encode()
+            for letter in tokens.replace(END_OF_WORD, " ").strip()
+        )
+
+    def ids(self, text: str) -> list[int]:
+        """All ids of a text: not cut, without begin, end and padding."""
         ids: list[int] = []
         for piece in self._split.split(text):
             if piece in self._special:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mobile_runtime import backends, baseline, gates, report_markdown
 from mobile_runtime.arguments import count, positive
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.checks import check_inside
+from mobile_runtime.checks import check_inside, check_vocabulary
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.goldens import golden_cases, prompt_case
@@ -62,6 +62,8 @@ from mobile_runtime.runs import (
 UNTIMED = ("mil",)
 """An interpreter's time says nothing about a device."""
 DEFAULT_REPEATS = 5
+MARKDOWN = (".md", ".markdown", ".txt", "")
+"""What a summary is added to; GitHub's own file has no suffix."""
 
 
 def runtimes(
@@ -114,6 +116,8 @@ def validate(
                 found = judge_component(bundle, entry.name, runtime, run)
                 step(f"{entry.name} in {runtime.label}: look inside")
                 found.checks += check_inside(bundle, entry.name, runtime, found.checks)
+                if entry.name == "text_encoder":
+                    found.checks.append(check_vocabulary(bundle, runtime))
                 judged.add(found)
         runs = draw_here(bundle, chosen[-1], wanted, repeats=repeats, step=step)
         judged.add(judge_prompts(bundle, chosen[-1], runs))
@@ -355,6 +359,12 @@ def _on_devices(bundle: Bundle, args: argparse.Namespace, whole: list[Path]) -> 
         return validate_on(bundle, args.device, asked, tell, whole)
 
 
+def _check_markdown(path: Path, bundle: Bundle) -> None:
+    """Refuse to add a summary to what is no Markdown."""
+    if path.suffix.lower() not in MARKDOWN or path.resolve().is_relative_to(bundle.path.resolve()):
+        raise UserError(f"--markdown {path} is no place for a summary; name a .md outside BUNDLE")
+
+
 def run(args: argparse.Namespace) -> int:
     """Validate, write the report, print it. Returns 0 if the verdict is 'pass', else 1.
 
@@ -374,6 +384,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{option} {str(path)!r} is no file; name one")
         if path:
             check_writable(path.absolute().parent, option)
+    if args.markdown:
+        _check_markdown(args.markdown, bundle)
     if args.reference:
         stored.read(args.reference, bundle)
     before = baseline.read(args.baseline) if args.baseline else None

@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
+from mobile_runtime import vocabulary
 from mobile_runtime.bundle import Bundle, BundleWriter
 from mobile_runtime.manifest import (
     ComponentEntry,
@@ -29,6 +30,8 @@ from mobile_runtime.manifest import (
     TokenizerFiles,
 )
 from mobile_runtime.noise import Noise
+from mobile_runtime.sketches import sketch
+from mobile_runtime.tokenizer import ClipTokenizer
 
 TOKENS, WIDTH, CHANNELS, SIDE = 12, 32, 4, 8
 SCALING_FACTOR = 0.5
@@ -200,6 +203,23 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_vocabulary(w: Arrays, folder: Path) -> None:
+    """Every token's ids and embedding; the tokenizer's own tests compare it with transformers."""
+    tokenizer = ClipTokenizer.from_files(
+        folder / "tokenizer/vocab.json",
+        folder / "tokenizer/merges.txt",
+        max_length=TOKENS,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    words, ids = vocabulary.words_of(tokenizer), vocabulary.rows_of(tokenizer)
+    sketches = np.stack([sketch(w["embedding"][row]) for row in ids])
+    word_ids = tuple(tuple(tokenizer.ids(word)) for word in words)
+    made = vocabulary.Vocabulary(words, word_ids, ids, sketches, "tokens")
+    vocabulary.write(made, folder / vocabulary.PATH)
+
+
 def make_bundle(
     path: Path,
     *,
@@ -261,6 +281,7 @@ def make_bundle(
         )
         pipeline = golden_pipeline(w, batch, tables, prompts)
         _save(writer.path / "golden/pipeline.safetensors", "pipeline", pipeline, change_golden)
+        write_vocabulary(w, writer.path)
         manifest = Manifest(
             name="tiny",
             target="onnx",
@@ -289,6 +310,7 @@ def make_bundle(
                 conditioning_pairs=((0, 1),),
                 pipeline="golden/pipeline.safetensors",
                 prompts=prompts,
+                vocabulary=vocabulary.PATH,
             ),
             gates=Gates(
                 component_snr_db=60.0,

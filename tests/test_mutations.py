@@ -4,12 +4,14 @@ An undamaged bundle passes, also over many pipelines (`python -m tests.benchmark
 fifty). The bundle is a small pipeline's with INT8 weights, converted by the commands.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from converters import cli
 from mobile_runtime.bundle import Bundle
@@ -43,6 +45,7 @@ golden_prompts: [a red tent, the rat]
 """
 
 POSITIONS = "text_encoder.text_model.embeddings.position_embedding"
+TOKEN_ROWS = "text_encoder.text_model.embeddings.token_embedding"
 TEXT = "text_encoder.text_model.encoder.layers"
 MID = "unet.mid_block"
 ATTENTION = f"{MID}.attentions.0.transformer_blocks.0"
@@ -68,11 +71,54 @@ def weaker_guidance(manifest: dict[str, Any]) -> None:
 
 def off_by_one(folder: Path) -> None:
     """Every token gets its neighbour's id."""
-    import json
-
     path = folder / "tokenizer/vocab.json"
     vocabulary = json.loads(path.read_text())
     path.write_text(json.dumps({token: max(0, k - 1) for token, k in vocabulary.items()}))
+
+
+def unused_ids(folder: Path) -> list[int]:
+    """The tokens, not whole words, that no golden prompt has."""
+    cases = load_file(folder / "golden/text_encoder.safetensors")
+    used = {int(i) for name, ids in cases.items() if name.endswith("input_ids") for i in ids.flat}
+    known = json.loads((folder / "tokenizer/vocab.json").read_text()).values()
+    return sorted(set(known) - used)
+
+
+def unused_rows_zeroed(folder: Path) -> None:
+    def zeroed(array: np.ndarray) -> np.ndarray:
+        array[unused_ids(folder)] = 0
+        return array
+
+    on_weight(TOKEN_ROWS, zeroed)(folder)
+
+
+def two_unused_rows_swapped(folder: Path) -> None:
+    def swapped(array: np.ndarray) -> np.ndarray:
+        first, *_, last = unused_ids(folder)
+        array[[first, last]] = array[[last, first]]
+        return array
+
+    on_weight(TOKEN_ROWS, swapped)(folder)
+
+
+def two_tokens_exchanged(folder: Path) -> None:
+    """Of those that end a word, so that a user's prompt has them."""
+    path = folder / "tokenizer/vocab.json"
+    ids = json.loads(path.read_text())
+    unused = set(unused_ids(folder))
+    first, *_, last = [t for t, k in ids.items() if k in unused and t.endswith("</w>")]
+    path.write_text(json.dumps(ids | {first: ids[last], last: ids[first]}))
+
+
+def a_merge_dropped(folder: Path) -> None:
+    path = folder / "tokenizer/merges.txt"
+    path.write_text("\n".join(path.read_text().rstrip().split("\n")[:-1]) + "\n")
+
+
+def other_format(folder: Path) -> None:
+    """A format whose values inside nobody looks at, over a damage that only they show."""
+    on_weight(f"{MID}.resnets.1.conv2", np.zeros_like)(folder)
+    in_manifest(lambda manifest: manifest["components"][1].update(format="ort"))(folder)
 
 
 def cut(folder: Path) -> None:
@@ -207,6 +253,10 @@ DAMAGES = [
     Damage("a wrong scaling factor", in_manifest(other_scaling)),
     Damage("another guidance scale", in_manifest(weaker_guidance)),
     Damage("the tokenizer off by one", off_by_one),
+    Damage("the rows of all tokens that no golden prompt has zeroed", unused_rows_zeroed),
+    Damage("two rows that no golden prompt has swapped", two_unused_rows_swapped),
+    Damage("two tokens that no golden prompt has exchanged", two_tokens_exchanged),
+    Damage("a merge of the tokenizer dropped", a_merge_dropped),
     Damage("a truncated file", cut),
     Damage("another component's file", other_component),
     Damage("a reference of another case", in_golden("unet", rolled("1/out/out_sample"))),
@@ -302,11 +352,42 @@ def test_a_sampler_that_asks_more_often_than_it_did_fails(bundles, tmp_path):
     assert "more often than PyTorch did" in told.reason
 
 
+def test_a_format_that_hides_a_damage_is_refused(bundles, tmp_path):
+    with pytest.raises(BundleError, match="no file of the format ort"):
+        checked(damaged(bundles["onnx"], Damage("format", other_format), tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder"])
+def test_a_specification_of_another_shape_is_refused(bundles, tmp_path, component):
+    def larger(manifest: dict[str, Any]) -> None:
+        (entry,) = [one for one in manifest["components"] if one["name"] == component]
+        entry["outputs"][0]["shape"][-1] *= 2
+
+    damage = Damage("shape", in_manifest(larger))
+    with pytest.raises(BundleError, match="has shape"):
+        checked(damaged(bundles["onnx"], damage, tmp_path / "bundle"))
+
+
 def test_without_new_hashes_a_damaged_file_is_not_even_opened(bundles, tmp_path):
     folder = damaged(bundles["onnx"], Damage("none", lambda folder: None), tmp_path / "bundle")
     cut(folder)
     with pytest.raises(BundleError, match=r"unet/model\.onnx"):
         Bundle.open(folder)
+
+
+def test_the_rows_of_a_core_ml_package_are_held_too(bundles, tmp_path):
+    def apply(folder: Path) -> None:
+        def zeroed(array: np.ndarray) -> np.ndarray:
+            rows = array.reshape(-1, 32)
+            rows[unused_ids(folder)] = 0
+            return array
+
+        on_package(TOKEN_ROWS, "x", "quantized_data", zeroed)(folder)
+
+    report = checked(damaged(bundles["coreml"], Damage("rows", apply), tmp_path / "bundle"))
+    wrong = [check for check in report.checks if check.gated and check.status == "fail"]
+    assert {check.kind for check in wrong} == {"vocabulary"}
+    assert {check.runtime for check in wrong} == {"mil float32", "mil float16"}
 
 
 PACKAGE_DAMAGES = [

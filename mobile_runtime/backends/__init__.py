@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,18 @@ def watch(
     """
     module = importlib.import_module(BACKENDS[backend])
     module.watch(path, feeds, wanted, outputs, observe, **options)
+
+
+def one_value(
+    path: Path, backend: str, name: str, cases: Iterable[Arrays], **options: Any
+) -> Iterator[np.ndarray]:
+    """One value inside a model of a WATCHABLE format, for each of the cases that it is fed.
+
+    Only what the value needs is computed. options: as of `load`.
+    """
+    module = importlib.import_module(BACKENDS[backend])
+    found: Iterator[np.ndarray] = module.one_value(path, name, cases, **options)
+    return found
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 from pydantic import Field
 
-from mobile_runtime.backends import Arrays, Observer, Profiled, Runner
+from mobile_runtime.backends import Arrays, Observer, Profiled, Runner, onnx_bytes
 from mobile_runtime.errors import BundleError, choices, missing_backend
 from mobile_runtime.latency import repeated
 
@@ -68,13 +69,28 @@ def watch(
     model = path.read_bytes()
     for names in _portions(wanted):
         options = _session_options(exact, threads)
-        # Weights beside the model are looked for there, not in the working directory.
-        folder = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(folder, str(path.parent))
+        _weights_beside(options, path)
         inside = [name for name in names if name not in outputs]
-        session = _session(path, options, providers, model + _more_outputs(inside))
+        session = _session(path, options, providers, model + onnx_bytes.more_outputs(inside))
         for name, value in zip(names, session.run(names, feeds), strict=True):
             observe(name, value)
+
+
+def one_value(
+    path: Path,
+    name: str,
+    cases: Iterable[Arrays],
+    *,
+    exact: bool = True,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    threads: int = 0,
+) -> Iterator[np.ndarray]:
+    """One value inside an `.onnx` file for each case; only what it needs is computed."""
+    options = _session_options(exact, threads)
+    _weights_beside(options, path)
+    session = _session(path, options, providers, onnx_bytes.cut(path.read_bytes(), name))
+    for feeds in cases:
+        yield session.run([name], feeds)[0]
 
 
 def profile(
@@ -142,6 +158,12 @@ def _session_options(exact: bool, threads: int) -> Any:
     return options
 
 
+def _weights_beside(options: Any, path: Path) -> None:
+    """Look for weights beside a model that is given as bytes, not in the working directory."""
+    folder = "session.model_external_initializers_file_folder_path"
+    options.add_session_config_entry(folder, str(path.parent))
+
+
 def _portions(wanted: Mapping[str, int]) -> Iterator[list[str]]:
     """The names, so many at a time that their float32 values fit into WATCHED_BYTES."""
     portion: list[str] = []
@@ -154,23 +176,3 @@ def _portions(wanted: Mapping[str, int]) -> Iterator[list[str]]:
         held += 4 * elements
     if portion:
         yield portion
-
-
-def _more_outputs(names: Sequence[str]) -> bytes:
-    """What makes values of a model its outputs, put behind the model's bytes.
-
-    Protocol Buffers merge messages that stand one after the other, and add up repeated fields:
-    in onnx.proto ModelProto.graph is field 7, GraphProto.output 12, ValueInfoProto.name 1.
-    """
-    outputs = b"".join(_field(12, _field(1, name.encode())) for name in names)
-    return _field(7, outputs)
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """A length-delimited field in Protocol Buffers' wire format."""
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _varint(number: int) -> bytes:
-    low = number & 0x7F
-    return bytes([low]) if number < 0x80 else bytes([low | 0x80]) + _varint(number >> 7)

@@ -37,14 +37,17 @@ class FolderDevice:
         """Nothing runs here; each task without a sound record is told, with what is wrong."""
         job, _ = open_job(work.job)
         result, troubles = Result(work.result, job), Troubles()
+        lacking = [task.name for task in job.tasks if not result.has(task.name)]
+        others = f" (nor those of {', '.join(lacking[1:])})" if len(lacking) > 1 else ""
         for task in job.tasks:
             try:
                 record = result.record(task.name)
                 if record is None:
+                    told = others if task.name == lacking[0] else ""
                     troubles[task.name] = NoRun(
                         "not_run",
-                        f"there is no {work.result / task.name}.json; run the job in {work.job} on "
-                        "the device, and put its result there",
+                        f"there is no {work.result / task.name}.json{told}; run the job in "
+                        f"{work.job} on the device, and put its result there",
                     )
                 elif record.tensors_sha256:
                     result.tensors(record)

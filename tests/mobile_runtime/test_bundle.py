@@ -184,6 +184,10 @@ def changed(data: Any, path: str, value: Any) -> Any:
         ("generation.negative_prompt", "a rat", "no golden prompt is drawn as an app draws"),
         ("generation.default_steps", 9, "there is no schedule of 9 steps; no golden prompt"),
         ("golden.prompts.0.steps", 9, "there is no schedule of 9 steps"),
+        ("components.1.macs", 10**400, r"components\.1\.macs: Input should be less than"),
+        ("components.1.format", "ort", r"components\.1: unet/model.onnx is no file of the format"),
+        ("components.1.outputs.0.layout", "NC", "the layout 'NC' does not name 4 axes"),
+        ("arithmetic", "float16", "compute in float16, and there is no gate float16_snr_db"),
         (
             "files.1.path",
             "golden/pipeline.safetensors",

@@ -424,7 +424,9 @@ def test_a_folder_with_a_job_of_another_request_is_refused(
 
 def test_the_interpreter_is_judged_and_run_in_the_packages_own_arithmetic(tmp_path: Path) -> None:
     def half(manifest: Manifest) -> Manifest:
-        return manifest.model_copy(update={"target": "coreml", "arithmetic": "float16"})
+        gates = manifest.gates.model_copy(update={"float16_snr_db": 45.0})
+        update = {"target": "coreml", "arithmetic": "float16", "gates": gates}
+        return manifest.model_copy(update=update)
 
     bundle = make_bundle(tmp_path / "bundle", change_manifest=half)
     asked = Asked(backend="mil")

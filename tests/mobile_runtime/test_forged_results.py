@@ -271,3 +271,99 @@ def test_what_lies_beside_a_bundle_stays_here(bundle: Bundle, tmp_path: Path) ->
     assert "secret.txt" not in names
     assert "manifest.json" in names
     assert "unet/model.onnx" in names
+
+
+def set_record(folder: Path, name: str, **values: Any) -> None:
+    path = folder / f"result/{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"unet": [1.0]},
+        {"unet": [1.0] * 9},
+        {"<b>evil</b>": [1e9]},
+        {"vae_decoder": [1.0, 1.0]},
+    ],
+)
+def test_times_of_calls_that_a_picture_does_not_make_fail(
+    bundle: Bundle, phone: Path, parts: dict[str, list[float]]
+) -> None:
+    set_timing(phone, "prompt-0", parts_ms=parts)
+    report = judged(bundle, phone)
+    assert report.verdict == "fail"
+    assert "which is not what it calls" in report.summary
+
+
+def test_what_a_device_says_of_itself_is_short_and_plain(bundle: Bundle, phone: Path) -> None:
+    device = json.loads((phone / "result/device.json").read_text())
+    environment = device["environment"] | {"cpu": "y" * 100_000, "libraries": {"z" * 9000: "1"}}
+    name = "\x1b[31mPixel\0" + "x" * 4_000_000
+    set_record(phone, "device", device=name, environment=environment)
+    assert judged(bundle, phone).verdict == "pass"
+    page = (phone.parent / "report/report.html").read_bytes()
+    assert len(page) < 200_000
+    assert not {0, 0x1B} & set(page)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("unet", {"thermal": "warm" * 1000}),
+        ("unet", {"peak_bytes": 0}),
+        ("device", {"environment": {"cpu_flags": ["avx"] * 50_000}}),
+        ("device", {"environment": {"libraries": {str(k): "1" for k in range(20_000)}}}),
+    ],
+)
+def test_a_record_with_more_than_a_device_has_to_say_fails(
+    bundle: Bundle, phone: Path, name: str, values: dict[str, Any]
+) -> None:
+    if "environment" in values:
+        known = json.loads((phone / "result/device.json").read_text())["environment"]
+        values = {"environment": known | values["environment"]}
+    set_record(phone, name, **values)
+    assert judged(bundle, phone).verdict == "fail"
+
+
+def test_all_that_a_folder_lacks_is_told_at_once(bundle: Bundle, tmp_path: Path) -> None:
+    report = validate_on(bundle, [f"folder:{tmp_path / 'empty'}"], QUICK)
+    first = next(check for check in report.checks if check.status == "not_run")
+    assert "text_encoder.json (nor those of unet, vae_decoder, prompt-0, prompt-1)" in first.reason
+
+
+def test_a_folder_inside_the_bundle_is_refused(bundle: Bundle) -> None:
+    for place in (bundle.path, bundle.path / "phone"):
+        with pytest.raises(UserError, match="lies in the bundle"):
+            validate_on(bundle, [f"folder:{place}"], QUICK)
+    assert not (bundle.path / "job").exists()
+
+
+@pytest.mark.parametrize("name", ["mine.json", "bundle/notes.md", "page.html"])
+def test_a_summary_is_added_to_markdown_alone(tmp_path: Path, name: str, capsys: Any) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    path = tmp_path / name
+    path.write_text("mine")
+    assert run_cli(main, ["validate", str(bundle.path), "--markdown", str(path)]) == 2
+    assert "is no place for a summary" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_a_report_of_another_bundle_is_not_compared(tmp_path: Path, capsys: Any) -> None:
+    one = make_bundle(tmp_path / "one")
+    other = make_bundle(tmp_path / "other", guidance_scale=2.0)
+    write_report(validate_on(one, ["local"], QUICK), other.path)
+    page = tmp_path / "page.html"
+    assert run_cli(main, ["compare", str(other.path), "-o", str(page)]) == 2
+    assert "was made for another bundle" in capsys.readouterr().err
+    assert not page.exists()
+
+
+@pytest.mark.parametrize("kind", ["same_function", "picture"])
+def test_a_pass_without_what_passes_is_refused(bundle: Bundle, tmp_path: Path, kind: str) -> None:
+    path, _ = write_report(validate_on(bundle, ["local"], QUICK), tmp_path / "report")
+    data = json.loads(path.read_text())
+    data["checks"] = [check for check in data["checks"] if check["kind"] != kind]
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match="its checks do not"):
+        load_report(path)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mobile_runtime import sketches, taps
-from mobile_runtime.backends.onnxruntime import _more_outputs
+from mobile_runtime.backends.onnx_bytes import more_outputs
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError
 from mobile_runtime.sketches import SKETCH_SIZE, sketch, sketch_snr_db
@@ -79,7 +79,7 @@ def test_outputs_put_behind_a_model_are_read_as_its_own(names):
     import onnx
 
     model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
-    read = onnx.load_from_string(model.SerializeToString() + _more_outputs(names))
+    read = onnx.load_from_string(model.SerializeToString() + more_outputs(names))
     assert [output.name for output in read.graph.output] == names
     assert read.graph.name == "g"
 

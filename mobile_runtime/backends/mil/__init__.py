@@ -11,7 +11,7 @@ What the two arithmetics mean is told in `values`, what the operations compute i
 """
 
 import importlib.util
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +86,16 @@ def watch(
             observe(name, value)
 
     Program.open(path).run(feeds, arithmetic=arithmetic, observe=look)
+
+
+def one_value(
+    path: Path,
+    name: str,
+    cases: Iterable[dict[str, np.ndarray]],
+    *,
+    arithmetic: Arithmetic = "float32",
+) -> Iterator[np.ndarray]:
+    """One value of an `.mlpackage` for each case; only what it needs is computed."""
+    program = Program.open(path)
+    for feeds in cases:
+        yield program.run(feeds, arithmetic=arithmetic, outputs=[name])[name]

@@ -1,0 +1,159 @@
+"""Every token of a bundle: what the golden prompts, with their few words, never look at.
+
+`golden/vocabulary.safetensors` holds, from the conversion, the ids of words that use every entry
+and every merge of the tokenizer's files, and, as sketches, what the text encoder's token embedding
+gives in PyTorch for each id. Here the files are held against them: a vocabulary with two ids
+exchanged, or a zeroed row of the embedding, changes no golden prompt that lacks the word.
+
+Tensors: `words` (a JSON list, as bytes), `word_ids` (N,) int32 with `lengths` (W,) int32, how many
+of them each word has; `ids` (R, L) int32, the whole vocabulary as inputs of the text encoder;
+`sketches` (R, 64) float32. Metadata: `value`, the embedding's name in the target's file.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mobile_runtime import backends
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.errors import BundleError, UserError
+from mobile_runtime.runs import NoRun, Runtime, brief
+from mobile_runtime.sketches import SKETCH_SIZE, sketch, sketch_snr_db
+from mobile_runtime.tokenizer import ClipTokenizer
+
+PATH = "golden/vocabulary.safetensors"
+# A lookup has no arithmetic: what is left is the rounding of its weights' scales, or to float16.
+FLOAT32_DB, FLOAT16_DB = 60.0, 45.0
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words with their ids, the rows of ids, and their embeddings' sketches (module docstring).
+
+    value: None where the embedding was not found in the target's file.
+    """
+
+    words: tuple[str, ...]
+    word_ids: tuple[tuple[int, ...], ...]
+    ids: np.ndarray
+    sketches: np.ndarray
+    value: str | None
+
+
+def words_of(tokenizer: ClipTokenizer) -> tuple[str, ...]:
+    """Each token's own text, and the same with a letter behind it: then it ends no word."""
+    texts = filter(None, map(tokenizer.text_of, sorted(tokenizer.vocabulary)))
+    return tuple(word for text in texts for word in (text, f"{text}q"))
+
+
+def rows_of(tokenizer: ClipTokenizer) -> np.ndarray:
+    """All ids in order, as inputs of the text encoder: (R, max_length) int32."""
+    ids = np.array(sorted(tokenizer.vocabulary.values()), np.int32)
+    rows = -(-ids.size // tokenizer.max_length)
+    filled = np.full(rows * tokenizer.max_length, tokenizer.pad_token_id, np.int32)
+    filled[: ids.size] = ids
+    return filled.reshape(rows, tokenizer.max_length)
+
+
+def write(vocabulary: Vocabulary, path: Path) -> None:
+    """Keep it as the module's docstring says."""
+    tensors: dict[str, np.ndarray] = {
+        "words": np.frombuffer(json.dumps(vocabulary.words).encode(), np.uint8),
+        "word_ids": np.array([index for ids in vocabulary.word_ids for index in ids], np.int32),
+        "lengths": np.array([len(ids) for ids in vocabulary.word_ids], np.int32),
+        "ids": vocabulary.ids,
+        "sketches": np.ascontiguousarray(vocabulary.sketches, np.float32),
+    }
+    save_file(tensors, path, {"value": vocabulary.value} if vocabulary.value else None)
+
+
+def read(bundle: Bundle) -> Vocabulary | None:
+    """A bundle's; None where it was made without. BundleError where it is damaged."""
+    if bundle.manifest.golden.vocabulary is None:
+        return None
+    path = bundle.file(bundle.manifest.golden.vocabulary)
+    try:
+        with safe_open(path, "numpy") as file:
+            value = (file.metadata() or {}).get("value")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        words = tuple(json.loads(tensors["words"].tobytes()))
+        ends = np.cumsum(tensors["lengths"])
+        parts = np.split(tensors["word_ids"], ends[:-1])
+        ids, sketches = tensors["ids"], tensors["sketches"]
+        (spec,) = bundle.component("text_encoder").inputs
+        whole = (
+            bool(words)
+            and all(isinstance(word, str) for word in words)
+            and len(parts) == len(words)
+            and ends[-1] == tensors["word_ids"].size
+            and (ids.ndim, ids.dtype, ids.shape[1:]) == (2, np.int32, spec.shape[1:])
+            and sketches.shape == (len(ids), SKETCH_SIZE)
+        )
+    except (KeyError, IndexError, OSError, SafetensorError, ValueError) as error:
+        raise BundleError(f"{path} holds no vocabulary; make the bundle again") from error
+    if not whole:
+        raise BundleError(f"{path}: its tensors do not fit together; make the bundle again")
+    word_ids = tuple(tuple(part.tolist()) for part in parts)
+    return Vocabulary(words, word_ids, ids, sketches, value)
+
+
+def tokenizer_fault(bundle: Bundle, vocabulary: Vocabulary) -> str | None:
+    """What the tokenizer's files give otherwise than at conversion, in words; None if nothing."""
+    try:
+        tokenizer = ClipTokenizer.from_bundle(bundle)
+    except BundleError as error:
+        return str(error)
+    wrong = [
+        (word, given, list(wanted))
+        for word, wanted in zip(vocabulary.words, vocabulary.word_ids, strict=True)
+        if (given := tokenizer.ids(word)) != list(wanted)
+    ]
+    if not wrong:
+        return None
+    word, given, wanted = wrong[0]
+    return (
+        f"the tokenizer gives other ids than at conversion for {len(wrong)} of "
+        f"{len(vocabulary.words)} words: {word!r} is {given}, and was {wanted}"
+    )
+
+
+@dataclass(frozen=True)
+class RowFigures:
+    """SNR of the embedding's sketches, in dB, by row of ids; NaN where not finite."""
+
+    snr_db: tuple[float, ...]
+    gate_db: float
+
+    @property
+    def wrong(self) -> Sequence[int]:
+        """The rows below the gate."""
+        return [k for k, snr_db in enumerate(self.snr_db) if not snr_db >= self.gate_db]
+
+
+def measure(bundle: Bundle, vocabulary: Vocabulary, runtime: Runtime) -> RowFigures | NoRun:
+    """Look up every id in the final file, and hold the rows against PyTorch's."""
+    entry = bundle.component("text_encoder")
+    if entry.format not in backends.WATCHABLE.get(runtime.backend, ()):
+        reason = f"values inside {entry.path} cannot be looked at in {runtime.backend}"
+        return NoRun("not_run", reason)
+    if vocabulary.value is None:
+        return NoRun("not_run", "the conversion did not find the embedding in the file")
+    cases = [{entry.inputs[0].name: row[None]} for row in vocabulary.ids]
+    try:
+        path = bundle.file(entry.path)
+        values = backends.one_value(
+            path, runtime.backend, vocabulary.value, cases, **runtime.options
+        )
+        given = [sketch(value) for value in values]
+    except UserError as error:
+        return NoRun("not_run", str(error))
+    except Exception as error:  # the runtimes' own errors share no class
+        return NoRun("fail", f"the embedding cannot be looked at: {brief(error)}")
+    gate_db = FLOAT16_DB if runtime.arithmetic == "float16" else FLOAT32_DB
+    figures = map(sketch_snr_db, vocabulary.sketches, given)
+    return RowFigures(tuple(figures), gate_db)
