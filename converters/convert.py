@@ -111,6 +111,7 @@ def convert(request: Request, progress: Progress) -> Bundle:
             stages.save(pipeline, plans, request.save_pipeline)
         built = build_components(pipeline, recipe)
         vectors = golden.write(cases, built, make_pipeline, writer.path, progress)
+        progress("golden vectors: every token")
         tokens = golden.every_token(built["text_encoder"], read_tokenizer(tokenizer, writer.path))
 
         if request.target == "onnx" and not options.ort_format:

@@ -192,7 +192,7 @@ def write(
 
 
 def every_token(component: Component, tokenizer: ClipTokenizer) -> Vocabulary:
-    """What the tokenizer and the text encoder's token embedding give for all tokens."""
+    """What the tokenizer, the text encoder and its token embedding give for all tokens."""
     words, ids = vocabulary.words_of(tokenizer), vocabulary.rows_of(tokenizer)
     modules = dict(component.module.named_modules())
     layer = next((name for name in modules if name.endswith(EMBEDDING)), None)
@@ -201,8 +201,12 @@ def every_token(component: Component, tokenizer: ClipTokenizer) -> Vocabulary:
         with torch.no_grad():
             for k, row in enumerate(ids):
                 sketches[k] = sketch(modules[layer](torch.from_numpy(row[None])).numpy())
+    run = torch_runner(component)
+    (given,), (made, *_) = component.inputs, component.outputs
+    rows = ids[vocabulary.sampled(len(ids))]
+    outputs = np.stack([sketch(run({given.name: row[None]})[made.name]) for row in rows])
     word_ids = tuple(tuple(tokenizer.ids(word)) for word in words)
-    return Vocabulary(words, word_ids, ids, sketches, None)
+    return Vocabulary(words, word_ids, ids, sketches, outputs, None)
 
 
 def write_tokens(tokens: Vocabulary, taps: Mapping[ComponentName, str], folder: Path) -> str:

@@ -131,10 +131,7 @@ def check_inside(
 
 
 def check_vocabulary(bundle: Bundle, runtime: Runtime) -> Check:
-    """Hold every token against the conversion: the tokenizer's ids, and the embedding's rows.
-
-    The rows are told as not looked at where the runtime does not show its values.
-    """
+    """Hold every token against the conversion: its ids, and what the file makes of them."""
     tell = Teller("text_encoder", runtime.label)
     known = vocabulary.read(bundle)
     if known is None:
@@ -142,23 +139,26 @@ def check_vocabulary(bundle: Bundle, runtime: Runtime) -> Check:
         return tell("vocabulary", "not_run", reason).model_copy(update={"gated": False})
     if fault := vocabulary.tokenizer_fault(bundle, known):
         return tell("vocabulary", "fail", fault)
-    told = f"{len(known.words)} words have the ids that they had at conversion"
-    rows = vocabulary.measure(bundle, known, runtime)
+    gate_db = runtime.gate_db(bundle.manifest.gates) or QUANTIZED_SNR_DB
+    rows = vocabulary.measure(bundle, known, runtime, gate_db)
     if isinstance(rows, NoRun):
-        if rows.status == "fail":
-            return tell("vocabulary", "fail", rows.reason)
-        return tell("vocabulary", "pass", f"{told}; their embeddings: {rows.reason}")
+        return tell("vocabulary", rows.status, rows.reason)
     worst = min(rows.snr_db, key=lambda snr_db: (finite(snr_db) is not None, snr_db))
     figures: dict[str, Any] = {"value": finite(worst), "unit": "dB", "gate": rows.gate_db}
+    what = "the embedding's rows" if rows.looked_up else "the outputs"
     if rows.wrong:
         first = known.ids[rows.wrong[0]]
         reason = (
-            f"the embedding differs from PyTorch's for some of the ids {first.min()} to "
-            f"{first.max()} ({worst:.1f} dB, gate {rows.gate_db:g}); {len(rows.wrong)} of "
-            f"{len(known.ids)} such groups differ"
+            f"{what} differ from PyTorch's for some of the ids {first.min()} to {first.max()} "
+            f"({worst:.1f} dB, gate {rows.gate_db:g}); so do {len(rows.wrong)} of {len(rows.rows)} "
+            "such groups"
         )
         return tell("vocabulary", "fail", reason, **figures)
-    reason = f"{told}, and all {len(np.unique(known.ids))} rows of the embedding are PyTorch's"
+    ids = len(np.unique(known.ids[list(rows.rows)]))
+    reason = (
+        f"{len(known.words)} words have the ids that they had at conversion, and {what} for {ids} "
+        f"of {len(np.unique(known.ids))} ids are PyTorch's"
+    )
     return tell("vocabulary", "pass", reason, **figures)
 
 

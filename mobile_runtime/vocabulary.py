@@ -3,11 +3,13 @@
 `golden/vocabulary.safetensors` holds, from the conversion, the ids of words that use every entry
 and every merge of the tokenizer's files, and, as sketches, what the text encoder's token embedding
 gives in PyTorch for each id. Here the files are held against them: a vocabulary with two ids
-exchanged, or a zeroed row of the embedding, changes no golden prompt that lacks the word.
+exchanged, or a zeroed row of the embedding, changes no golden prompt that lacks the word. Where a
+runtime does not show the embedding, the whole text encoder runs on some of the rows instead.
 
 Tensors: `words` (a JSON list, as bytes), `word_ids` (N,) int32 with `lengths` (W,) int32, how many
 of them each word has; `ids` (R, L) int32, the whole vocabulary as inputs of the text encoder;
-`sketches` (R, 64) float32. Metadata: `value`, the embedding's name in the target's file.
+`sketches` (R, 64) float32, and `outputs` (S, 64), the text encoder's for the rows `sampled(R)`.
+Metadata: `value`, the embedding's name in the target's file.
 """
 
 import json
@@ -29,6 +31,8 @@ from mobile_runtime.tokenizer import ClipTokenizer
 PATH = "golden/vocabulary.safetensors"
 # A lookup has no arithmetic: what is left is the rounding of its weights' scales, or to float16.
 FLOAT32_DB, FLOAT16_DB = 60.0, 45.0
+# Of SD's 642 rows each takes a text encoder some tenths of a second.
+MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,13 @@ class Vocabulary:
     word_ids: tuple[tuple[int, ...], ...]
     ids: np.ndarray
     sketches: np.ndarray
+    outputs: np.ndarray
     value: str | None
+
+
+def sampled(rows: int) -> list[int]:
+    """The rows that the whole text encoder runs on: all, or MOST_ROWS over the vocabulary."""
+    return np.linspace(0, rows - 1, min(rows, MOST_ROWS)).round().astype(int).tolist()
 
 
 def words_of(tokenizer: ClipTokenizer) -> tuple[str, ...]:
@@ -68,6 +78,7 @@ def write(vocabulary: Vocabulary, path: Path) -> None:
         "lengths": np.array([len(ids) for ids in vocabulary.word_ids], np.int32),
         "ids": vocabulary.ids,
         "sketches": np.ascontiguousarray(vocabulary.sketches, np.float32),
+        "outputs": np.ascontiguousarray(vocabulary.outputs, np.float32),
     }
     save_file(tensors, path, {"value": vocabulary.value} if vocabulary.value else None)
 
@@ -84,7 +95,7 @@ def read(bundle: Bundle) -> Vocabulary | None:
         words = tuple(json.loads(tensors["words"].tobytes()))
         ends = np.cumsum(tensors["lengths"])
         parts = np.split(tensors["word_ids"], ends[:-1])
-        ids, sketches = tensors["ids"], tensors["sketches"]
+        ids, sketches, outputs = (tensors[name] for name in ("ids", "sketches", "outputs"))
         (spec,) = bundle.component("text_encoder").inputs
         whole = (
             bool(words)
@@ -93,13 +104,14 @@ def read(bundle: Bundle) -> Vocabulary | None:
             and ends[-1] == tensors["word_ids"].size
             and (ids.ndim, ids.dtype, ids.shape[1:]) == (2, np.int32, spec.shape[1:])
             and sketches.shape == (len(ids), SKETCH_SIZE)
+            and outputs.shape == (len(sampled(len(ids))), SKETCH_SIZE)
         )
     except (KeyError, IndexError, OSError, SafetensorError, ValueError) as error:
         raise BundleError(f"{path} holds no vocabulary; make the bundle again") from error
     if not whole:
         raise BundleError(f"{path}: its tensors do not fit together; make the bundle again")
     word_ids = tuple(tuple(part.tolist()) for part in parts)
-    return Vocabulary(words, word_ids, ids, sketches, value)
+    return Vocabulary(words, word_ids, ids, sketches, outputs, value)
 
 
 def tokenizer_fault(bundle: Bundle, vocabulary: Vocabulary) -> str | None:
@@ -124,36 +136,47 @@ def tokenizer_fault(bundle: Bundle, vocabulary: Vocabulary) -> str | None:
 
 @dataclass(frozen=True)
 class RowFigures:
-    """SNR of the embedding's sketches, in dB, by row of ids; NaN where not finite."""
+    """SNR of sketches, in dB, by row of ids; NaN where not finite.
 
+    looked_up: the embedding's own rows; else the text encoder's outputs.
+    """
+
+    rows: tuple[int, ...]
     snr_db: tuple[float, ...]
     gate_db: float
+    looked_up: bool
 
     @property
     def wrong(self) -> Sequence[int]:
         """The rows below the gate."""
-        return [k for k, snr_db in enumerate(self.snr_db) if not snr_db >= self.gate_db]
+        pairs = zip(self.rows, self.snr_db, strict=True)
+        return [row for row, snr_db in pairs if not snr_db >= self.gate_db]
 
 
-def measure(bundle: Bundle, vocabulary: Vocabulary, runtime: Runtime) -> RowFigures | NoRun:
-    """Look up every id in the final file, and hold the rows against PyTorch's."""
-    entry = bundle.component("text_encoder")
-    if entry.format not in backends.WATCHABLE.get(runtime.backend, ()):
-        reason = f"values inside {entry.path} cannot be looked at in {runtime.backend}"
-        return NoRun("not_run", reason)
-    if vocabulary.value is None:
-        return NoRun("not_run", "the conversion did not find the embedding in the file")
-    cases = [{entry.inputs[0].name: row[None]} for row in vocabulary.ids]
+def measure(
+    bundle: Bundle, vocabulary: Vocabulary, runtime: Runtime, output_gate_db: float
+) -> RowFigures | NoRun:
+    """Look up every id in the final file, or run it on the sampled rows, and hold the rows
+    against PyTorch's.
+
+    output_gate_db: for the text encoder's outputs, where the embedding is not shown.
+    """
+    entry, name = bundle.component("text_encoder"), vocabulary.value
+    looked_up = name is not None and entry.format in backends.WATCHABLE.get(runtime.backend, ())
+    rows = range(len(vocabulary.ids)) if looked_up else sampled(len(vocabulary.ids))
+    cases = [{entry.inputs[0].name: vocabulary.ids[row][None]} for row in rows]
+    gate_db = FLOAT16_DB if runtime.arithmetic == "float16" else FLOAT32_DB
     try:
-        path = bundle.file(entry.path)
-        values = backends.one_value(
-            path, runtime.backend, vocabulary.value, cases, **runtime.options
-        )
-        given = [sketch(value) for value in values]
+        if name is not None and looked_up:
+            path = bundle.file(entry.path)
+            values = backends.one_value(path, runtime.backend, name, cases, **runtime.options)
+            given, wanted = [sketch(value) for value in values], vocabulary.sketches
+        else:
+            run = backends.load(bundle, entry.name, backend=runtime.backend, **runtime.options)
+            given = [sketch(run(case)[entry.outputs[0].name]) for case in cases]
+            wanted, gate_db = vocabulary.outputs, output_gate_db
     except UserError as error:
         return NoRun("not_run", str(error))
     except Exception as error:  # the runtimes' own errors share no class
-        return NoRun("fail", f"the embedding cannot be looked at: {brief(error)}")
-    gate_db = FLOAT16_DB if runtime.arithmetic == "float16" else FLOAT32_DB
-    figures = map(sketch_snr_db, vocabulary.sketches, given)
-    return RowFigures(tuple(figures), gate_db)
+        return NoRun("fail", f"the text encoder cannot be run on every token: {brief(error)}")
+    return RowFigures(tuple(rows), tuple(map(sketch_snr_db, wanted, given)), gate_db, looked_up)

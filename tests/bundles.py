@@ -215,8 +215,10 @@ def write_vocabulary(w: Arrays, folder: Path) -> None:
     )
     words, ids = vocabulary.words_of(tokenizer), vocabulary.rows_of(tokenizer)
     sketches = np.stack([sketch(w["embedding"][row]) for row in ids])
+    rows = [{"input_ids": row[None]} for row in ids[vocabulary.sampled(len(ids))]]
+    outputs = np.stack([sketch(text_encoder(w, row)["last_hidden_state"]) for row in rows])
     word_ids = tuple(tuple(tokenizer.ids(word)) for word in words)
-    made = vocabulary.Vocabulary(words, word_ids, ids, sketches, "tokens")
+    made = vocabulary.Vocabulary(words, word_ids, ids, sketches, outputs, "tokens")
     vocabulary.write(made, folder / vocabulary.PATH)
 
 

@@ -6,6 +6,7 @@ fifty). The bundle is a small pipeline's with INT8 weights, converted by the com
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from converters import cli
+from mobile_runtime import vocabulary
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError
 from mobile_runtime.on_devices import Asked, validate_on
@@ -439,3 +441,25 @@ def test_values_inside_are_told_where_they_cannot_be_looked_at(bundles, tmp_path
     assert told.status == "not_run"
     assert not told.gated
     assert "convert it again" in told.reason
+
+
+def test_where_nothing_inside_is_shown_the_whole_encoder_runs_on_the_tokens(bundles, tmp_path):
+    """As in ExecuTorch, and in `.ort` files."""
+
+    def unnamed(folder: Path) -> None:
+        known = vocabulary.read(Bundle.open(folder, verify=False))
+        assert known is not None
+        vocabulary.write(replace(known, value=None), folder / vocabulary.PATH)
+
+    def apply(folder: Path) -> None:
+        unnamed(folder)
+        unused_rows_zeroed(folder)
+
+    report = checked(damaged(bundles["onnx"], Damage("sound", unnamed), tmp_path / "sound"))
+    (told,) = [check for check in report.checks if check.kind == "vocabulary"]
+    assert (report.verdict, told.status) == ("pass", "pass")
+    assert "the outputs for 600 of 600 ids" in told.reason
+    report = checked(damaged(bundles["onnx"], Damage("rows", apply), tmp_path / "bundle"))
+    (told,) = [check for check in report.checks if check.status == "fail"]
+    assert told.kind == "vocabulary"
+    assert "the outputs differ" in told.reason
