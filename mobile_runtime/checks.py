@@ -58,6 +58,8 @@ def component_kinds(bundle: Bundle, component: ComponentName, runtime: Runtime) 
         kinds.append("layers_at_conversion")
     if can_look_inside(bundle, component, runtime):
         kinds.append("inside")
+    if component == "text_encoder" and bundle.manifest.golden.vocabulary:
+        kinds.append("vocabulary")
     return kinds
 
 
@@ -88,6 +90,17 @@ def check_component(
 def failed(checks: Sequence[Check]) -> bool:
     """Whether any gated check failed."""
     return any(check.gated and check.status == "fail" for check in checks)
+
+
+def check_unseen(
+    bundle: Bundle, component: ComponentName, runtime: Runtime, others: Sequence[Check] = ()
+) -> list[Check]:
+    """What golden outputs do not show: the values inside, and every token.
+
+    others: this component's other checks.
+    """
+    checks = check_inside(bundle, component, runtime, others)
+    return checks + ([check_vocabulary(bundle, runtime)] if component == "text_encoder" else [])
 
 
 def check_inside(

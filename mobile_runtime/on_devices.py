@@ -16,7 +16,7 @@ from mobile_runtime import backends, devices
 from mobile_runtime.backends import default_backend
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.cache import cache_root
-from mobile_runtime.checks import Teller, check_inside, check_vocabulary
+from mobile_runtime.checks import Teller, check_unseen
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S, Device, Troubles, Work
 from mobile_runtime.devices.folder import FolderDevice
 from mobile_runtime.errors import UserError, choices
@@ -115,9 +115,7 @@ def _inside(bundle: Bundle, tell: Callable[[str], None]) -> list[Check]:
     for entry in bundle.manifest.components:
         tell(f"{entry.name} here: look inside")
         for runtime in runtimes(bundle):
-            found = check_inside(bundle, entry.name, runtime)
-            if entry.name == "text_encoder":
-                found.append(check_vocabulary(bundle, runtime))
+            found = check_unseen(bundle, entry.name, runtime)
             label = {"runtime": f"{runtime.label} here"}
             checks += [check.model_copy(update=label) for check in found]
     return checks

@@ -31,7 +31,7 @@ import pytest
 
 from mobile_runtime import baseline, gates
 from mobile_runtime.bundle import MANIFEST, Bundle
-from mobile_runtime.checks import check_inside, component_kinds
+from mobile_runtime.checks import check_unseen, component_kinds
 from mobile_runtime.errors import PocketError
 from mobile_runtime.judge import judge_component, judge_prompts
 from mobile_runtime.manifest import ComponentName
@@ -145,7 +145,7 @@ def _component(bundle: Bundle, name: ComponentName, runtime: Runtime) -> Callabl
     def checks() -> list[Check]:
         run = run_here(bundle, name, runtime, repeats=0, step=_quiet)
         found = judge_component(bundle, name, runtime, run).checks
-        return found + check_inside(bundle, name, runtime, found)
+        return found + check_unseen(bundle, name, runtime, found)
 
     return checks
 

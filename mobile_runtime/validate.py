@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mobile_runtime import backends, baseline, gates, report_markdown
 from mobile_runtime.arguments import count, positive
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.checks import check_inside, check_vocabulary
+from mobile_runtime.checks import check_unseen
 from mobile_runtime.devices import DEFAULT_TIMEOUT_S
 from mobile_runtime.errors import UserError, choices
 from mobile_runtime.goldens import golden_cases, prompt_case
@@ -115,9 +115,7 @@ def validate(
                 run = run_here(bundle, entry.name, runtime, repeats=repeats, step=step)
                 found = judge_component(bundle, entry.name, runtime, run)
                 step(f"{entry.name} in {runtime.label}: look inside")
-                found.checks += check_inside(bundle, entry.name, runtime, found.checks)
-                if entry.name == "text_encoder":
-                    found.checks.append(check_vocabulary(bundle, runtime))
+                found.checks += check_unseen(bundle, entry.name, runtime, found.checks)
                 judged.add(found)
         runs = draw_here(bundle, chosen[-1], wanted, repeats=repeats, step=step)
         judged.add(judge_prompts(bundle, chosen[-1], runs))

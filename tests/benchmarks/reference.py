@@ -41,7 +41,18 @@ TABLES: dict[str, dict[str, list[str]]] = {
     },
     "cpu": {
         "embedded": ["--judged", "128", *_rows("yardstick", "cumulative", "alone", "batch")],
-        "embedded-steps": ["--recipe", "pocket_fp32", "--judged", "64", *_rows("steps")],
+        "embedded-steps": [
+            *("--recipe", "pocket_fp32", "--judged", "64", "--rounds", "4", "--compared", "1"),
+            *_rows("steps"),
+        ],
+        "sd_turbo-256-stack": [
+            *(*TURBO, "--resolution", "256", "--compared", "1", "--rounds", "4"),
+            *_rows("exact", "diffusers half", "diffusers half, compiled", "cumulative"),
+        ],
+        "sd_turbo-512": [
+            *(*TURBO, "--compared", "1", "--rounds", "2"),
+            *_rows("exact", "diffusers half", "half"),
+        ],
         "sd_turbo-256": [
             *TURBO,
             *("--resolution", "256", "--tiny-decoder", "random", "--compared", "1"),
