@@ -143,7 +143,7 @@ def test_an_app_that_dies_in_one_task_gives_the_others(bundle, phone):
 def test_an_app_that_hangs_is_stopped(bundle, phone):
     one = phone()
     one.set_app("#!/bin/sh\nexec sleep 600\n")
-    report = checked(bundle, one, timeout_s=2)
+    report = checked(bundle, one, timeout_s=4)
     assert report.verdict == "fail"
     assert {check.status for check in outputs(report).values()} == {"fail"}
     assert "gave no result for 2 s" in report.summary
