@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     overrides.add_arguments(parser)
 
 
+def asked_for(arguments: argparse.Namespace) -> bool:
+    """Whether the command line says what to open."""
+    return arguments.recipe != DEFAULT_RECIPE or bool(overrides.from_arguments(arguments))
+
+
 def open_asked(arguments: argparse.Namespace) -> Parts:
     """Open the recipe that the command line names."""
     return _open(schema.load(arguments.recipe, overrides.from_arguments(arguments)))

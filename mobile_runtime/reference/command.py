@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mobile_runtime.arguments import check_new_file
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import UserError
 from mobile_runtime.latency import environment
@@ -41,6 +42,9 @@ switches:
 """
 TRACED_PICTURES = 3
 KEPT = "ablation.json"
+TABLES = (KEPT, "ablation.md", "ablation.html")
+SHEET = "contact_sheet.png"
+STRENGTH = 0.8
 
 
 def main(argv: list[str]) -> int:
@@ -99,9 +103,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture")
     parser.add_argument("--scheduler", metavar="NAME", help="in place of the recipe's")
     parser.add_argument("--negative", metavar="TEXT", help="what not to draw")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="start from this picture")
     parser.add_argument(
-        "--strength", type=float, default=0.8, help="with --image: the share of steps (0.8)"
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="start from this picture, of the pipeline's own size",
+    )
+    parser.add_argument(
+        "--strength", type=float, help=f"with --image: the share of steps ({STRENGTH})"
     )
     parser.add_argument("--force", action="store_true", help="replace pictures that exist")
     _add_switches(parser)
@@ -177,7 +186,9 @@ def generate(args: argparse.Namespace) -> int:
         form = "a folder for several prompts" if several else "a .png for one prompt"
         raise UserError(f"--output {output} should be {form}")
     paths = [output / f"{k}.png" for k in range(len(args.prompts))] if several else [output]
-    _check_free(paths, args.force)
+    _check_free([*paths, *([output / SHEET] if several else [])], args.force)
+    if args.strength is not None and not args.image:
+        raise UserError("--strength goes with --image; name a picture, or leave it out")
     check_writable(output.absolute() if several else output.absolute().parent, "--output")
     image = _read_image(args.image) if args.image else None
     parts = opener().open_asked(args)
@@ -194,7 +205,7 @@ def generate(args: argparse.Namespace) -> int:
             negative_prompt=args.negative,
             scheduler=args.scheduler,
             image=image,
-            strength=args.strength,
+            strength=STRENGTH if args.strength is None else args.strength,
             on_step=count,
         )
     about = {"switches": ", ".join(names) or "exact", "device": machine.name}
@@ -206,7 +217,7 @@ def generate(args: argparse.Namespace) -> int:
         sheet = contact_sheet(
             list(drawn.pictures), args.prompts, scale=sheet_scale(drawn.pictures.shape[1])
         )
-        write_png(output / "contact_sheet.png", sheet)
+        write_png(output / SHEET, sheet)
     print(
         f"{output}: {len(paths)} of {parts.name} in {drawn.seconds:.2f} s on {machine.name}, "
         f"{about['switches']}"
@@ -221,12 +232,12 @@ def _check_free(paths: Iterable[Path], force: bool) -> None:
 
 
 def _read_image(path: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, ValueError) as error:
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no picture that can be read: {error}") from error
 
 
@@ -246,8 +257,8 @@ def bench(args: argparse.Namespace) -> int:
         raise UserError("--ablation runs every switch; leave out --fast, --with and --without")
     if args.output:
         check_writable(args.output.absolute(), "--output")
-        name = stored.REFERENCE if args.bundle else KEPT
-        _check_free([args.output / name], args.force)
+        kept = [stored.REFERENCE, stored.PICTURES] if args.bundle else list(TABLES)
+        _check_free([args.output / name for name in kept], args.force)
     machine = machine_of(args.device)
     if args.bundle:
         return _bench_bundle(args, machine)
@@ -256,6 +267,8 @@ def bench(args: argparse.Namespace) -> int:
         raise UserError(f"--judged: {parts.name} has no judge; only the embedded model has one")
     if args.judged and parts.judge and args.judged > len(parts.judge.prompts):
         raise UserError(f"--judged {args.judged}: there are {len(parts.judge.prompts)} captions")
+    if args.tiny_decoder:
+        parts.open_tiny(args.tiny_decoder)  # one that cannot be opened is told before any row
     steps = parts.generation.default_steps
     if args.ablation:
         plan = planning.plan(
@@ -304,6 +317,11 @@ def _bench_bundle(args: argparse.Namespace, machine: Machine) -> int:
         raise UserError("--bundle needs -o DIR, where the pictures and times are kept")
     if args.ablation:
         raise UserError("--bundle goes without --ablation")
+    if args.judged or opener().asked_for(args):
+        raise UserError(
+            "--bundle draws its own prompts by its own recipe; leave out --recipe, what changes "
+            "it, and --judged"
+        )
     bundle = Bundle.open(args.bundle)
     parts = opener().open_recipe(bundle.manifest.recipe)
     if not (args.fast or args.on):
@@ -381,8 +399,7 @@ def profile(args: argparse.Namespace) -> int:
     """torch.profiler's table of one picture's operators, and the trace."""
     if args.rows < 1:
         raise UserError(f"--rows {args.rows} should be 1 or more")
-    check_writable(args.output.absolute().parent, "--output")
-    _check_free([args.output], args.force)
+    check_new_file(args.output, "--output", args.force)
     machine = machine_of(args.device)
     parts = opener().open_asked(args)
     settings, names = _chosen(args, machine, parts)
@@ -409,6 +426,13 @@ def _profiled(parts: Parts, settings: Settings, device: str | None, rows: int, o
     pipeline.forget()
     with profiled(activities=activities) as seen:
         pipeline(prompts[0], seed=TRACED_PICTURES)
-    seen.export_chrome_trace(str(output))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # By its suffix the profiler decides the form; what is whole is moved to its place.
+    partial = output.with_name(f".partial-{output.name}")
+    try:
+        seen.export_chrome_trace(str(partial))
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
     by = "self_cuda_time_total" if pipeline.machine.cuda else "self_cpu_time_total"
     return str(seen.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=48))

@@ -115,10 +115,19 @@ def _float_norms(module: Any) -> None:
 
 
 def _quantize(unet: Any) -> None:
-    """Linear layers to INT8 weights with dynamic INT8 activations, by torchao."""
+    """Linear layers to INT8 weights with dynamic INT8 activations, by torchao.
+
+    But for those of the time, which see one row a picture: CUDA's INT8 product needs more than 16.
+    """
+    from torch import nn
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    quantize_(unet, Int8DynamicActivationInt8WeightConfig())
+    def fits(module: Any, name: str) -> bool:
+        return isinstance(module, nn.Linear) and "time_emb" not in name
+
+    # By default it sets Inductor's options for the whole process, and so for every later row.
+    config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    quantize_(unet, config, filter_fn=fits)
 
 
 def _as_functions(modules: dict[str, Any], settings: Settings, machine: Machine) -> Models:
@@ -152,12 +161,17 @@ def _as_functions(modules: dict[str, Any], settings: Settings, machine: Machine)
     )
 
 
+def keep_kernels() -> None:
+    """Have the next process find what this one compiles. To be called before it compiles anything:
+    Inductor then settles on a folder."""
+    os.environ.setdefault(INDUCTOR_CACHE, str(cache_root() / "inductor"))
+
+
 def _compiler(settings: Settings, machine: Machine) -> Callable[[Any], Any]:
     """What makes a function quicker: nothing, torch.compile, or Torch-TensorRT."""
     if not (settings.compile or settings.tensorrt):
         return lambda function: function
-    # Kernels that were compiled once are found again by the next process.
-    os.environ.setdefault(INDUCTOR_CACHE, str(cache_root() / "inductor"))
+    keep_kernels()
     import torch
 
     if settings.tensorrt:
@@ -219,22 +233,47 @@ def arithmetic(settings: Settings, machine: Machine) -> Iterator[None]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    # By the newer names: a process that has used them may not read the older allow_tf32.
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        cudnn.benchmark,
-        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        matmul.fp32_precision,
-    )
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
     math_only = sdpa_kernel([SDPBackend.MATH]) if settings.attention == "math" else None
     torch.use_deterministic_algorithms(settings.exact)
     cudnn.benchmark = not settings.exact
-    precision = "tf32" if settings.tf32 else "ieee"
-    cudnn.conv.fp32_precision = matmul.fp32_precision = precision  # type: ignore[attr-defined]
     try:
-        with math_only or contextlib.nullcontext(), torch.no_grad():
+        kernels = math_only or contextlib.nullcontext()
+        with _float32_products(settings.tf32), kernels, torch.no_grad():
             yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision = before[1:]  # type: ignore[attr-defined]
+        cudnn.benchmark = before[1]
+
+
+@contextlib.contextmanager
+def _float32_products(tf32: bool) -> Iterator[None]:
+    """float32 products in TF32 or not, set back afterwards.
+
+    PyTorch has an older and a newer name for each choice, and whoever reads one of them, as
+    Inductor does, gets an error where the two do not agree. So both are set, the older first.
+    """
+    import torch
+
+    backends: Any = torch.backends
+    newer = [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    before = [one.fp32_precision for one in newer]
+    matmul = convolution = None
+    with contextlib.suppress(RuntimeError):  # the caller's own do not agree
+        matmul = torch.get_float32_matmul_precision()
+    with contextlib.suppress(RuntimeError):
+        convolution = backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    backends.cudnn.allow_tf32 = tf32
+    for one in newer:
+        one.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolution is not None:
+            backends.cudnn.allow_tf32 = convolution
+        for one, precision in zip(newer, before, strict=True):
+            one.fp32_precision = precision

@@ -59,6 +59,9 @@ class Opener(Protocol):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """The options that say what to open."""
 
+    def asked_for(self, arguments: argparse.Namespace) -> bool:
+        """Whether the command line says what to open."""
+
     def open_asked(self, arguments: argparse.Namespace) -> Parts:
         """Open what the command line says."""
 

@@ -141,6 +141,10 @@ class ReferencePipeline:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             raise UserError("there is no prompt to draw")
+        if other := [text for text in texts if not isinstance(text, str)]:
+            raise UserError(f"a prompt is text, and {other[0]!r} is none")
+        if steps is not None and not isinstance(steps, numbers.Integral):
+            raise UserError(f"steps {steps!r} is no whole number")
         if guidance_scale is not None and not math.isfinite(guidance_scale):
             raise UserError(f"a guidance scale of {guidance_scale} is no number to guide by")
         table = self._table(steps, scheduler)
@@ -179,6 +183,8 @@ class ReferencePipeline:
                     f"prompt_embeds has shape {given.shape}; {len(texts)} prompts need {rows} rows "
                     f"of (L, {width})"
                 )
+            if not np.isfinite(given).all():
+                raise UserError("prompt_embeds holds values that are not finite")
             dtype = getattr(torch, self.settings.precision)
             return torch.from_numpy(given).to(self.machine.device, dtype)
         unsaid = self.parts.generation.negative_prompt if negative is None else negative
@@ -195,12 +201,13 @@ class ReferencePipeline:
         """The first noise, and that of each step where the table adds any, on the device."""
         import torch
 
-        own, own_fresh = noise_of(seeds, table, shape)
-        noise = own if noise is None else noise
+        if noise is None or (fresh_noise is None and needs_fresh_noise(table)):
+            own, own_fresh = noise_of(seeds, table, shape)
+            noise = own if noise is None else noise
+            fresh_noise = own_fresh if fresh_noise is None else fresh_noise
         _check_noise("noise", noise, shape)
         fresh = None
-        if own_fresh is not None:
-            fresh_noise = own_fresh if fresh_noise is None else fresh_noise
+        if fresh_noise is not None and needs_fresh_noise(table):
             _check_noise("fresh_noise", fresh_noise, (table.steps, *shape))
             fresh = torch.from_numpy(fresh_noise).to(self.machine.device)
         return torch.from_numpy(noise).to(self.machine.device), fresh
@@ -223,7 +230,7 @@ class ReferencePipeline:
         if images.dtype != np.uint8 or images.shape[1:] != (own.height, own.width, 3):
             raise UserError(
                 f"the image is {images.dtype} {images.shape[1:]}; it has to be uint8 "
-                f"({own.height}, {own.width}, 3)"
+                f"({own.height}, {own.width}, 3); resize it"
             )
         rest = cut_table(table, strength)
         pixels = torch.from_numpy(images).to(self.machine.device)
@@ -367,6 +374,8 @@ def _seeds(seed: Any, count: int) -> list[int]:
     """A seed for each picture: counted on from one, or those that are given."""
     if isinstance(seed, numbers.Integral):
         return [int(seed) + k for k in range(count)]
+    if isinstance(seed, str) or not isinstance(seed, Sequence | np.ndarray):
+        raise UserError(f"seed {seed!r} is no whole number, nor a list of them")
     if len(seed) != count:
         raise UserError(f"{len(seed)} seeds for {count} prompts; give one each")
     return [int(each) for each in seed]
@@ -378,6 +387,8 @@ def _check_noise(name: str, noise: np.ndarray, shape: tuple[int, ...]) -> None:
             f"{name} has shape {noise.shape} and type {noise.dtype}; "
             f"the pipeline needs {shape} float32"
         )
+    if not np.isfinite(noise).all():
+        raise UserError(f"{name} holds values that are not finite")
 
 
 _NO_MEMORY = ("out of memory", "outofmemory", "alloc_failed", "allocate memory", "enough memory")

@@ -91,7 +91,26 @@ def plan(
     each switch by itself. Steps: from DDPM's 1000 to one, with all that keeps the picture on.
     """
     names, told = usable(list(SWITCHES), parts, machine, steps, tiny_decoder)
-    fast = fast_names(machine)
+    rows = _rows(names, fast_names(machine))
+    if only:
+        keeping = tuple(name for name, switch in SWITCHES.items() if not switch.asked)
+        known = [*rows, *_rows(tuple(SWITCHES), keeping)]
+        places = {row.name for row in known} | {row.kind for row in known}
+        if unknown := [name for name in only if name not in places]:
+            kinds = ", ".join(dict.fromkeys(row.kind for row in rows))
+            raise UserError(
+                f"there is no row {unknown[0]!r}; choose kinds ({kinds}) or names, as in "
+                f"{rows[-1].name!r}"
+            )
+        rows = [row for row in rows if row.kind in only or row.name in only]
+        if not rows:
+            why = "; ".join(f"{name}: {reason}" for name, reason in told.items())
+            raise UserError(f"no row of {', '.join(only)} can run here ({why})")
+    return Plan(tuple(rows), told)
+
+
+def _rows(names: tuple[str, ...], fast: tuple[str, ...]) -> list[Row]:
+    """The rows of these switches; fast: those that keep the picture."""
     rows = [Row("yardstick", "exact")]
     rows.append(Row("yardstick", "diffusers float32", own=True))
     rows.append(Row("yardstick", "diffusers half", ("half",), own=True))
@@ -121,13 +140,4 @@ def plan(
     for scheduler, count in STEPS_LADDER:
         kept = None if scheduler == "source" else scheduler
         rows.append(Row("steps", f"{scheduler} {count}", fast, scheduler=kept, steps=count))
-    if only:
-        known = {row.name for row in rows} | {row.kind for row in rows}
-        if unknown := [name for name in only if name not in known]:
-            kinds = ", ".join(dict.fromkeys(row.kind for row in rows))
-            raise UserError(
-                f"there is no row {unknown[0]!r}; choose kinds ({kinds}) or names, as in "
-                f"{rows[-1].name!r}"
-            )
-        rows = [row for row in rows if row.kind in only or row.name in only]
-    return Plan(tuple(rows), told)
+    return rows

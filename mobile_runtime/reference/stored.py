@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -45,7 +45,7 @@ class Stored(Strict):
     manifest_sha256: str
     machine: str
     environment: Environment
-    runs: tuple[StoredRun, ...]
+    runs: tuple[StoredRun, ...] = Field(min_length=1)
     pictures_sha256: str
 
 
@@ -146,9 +146,13 @@ def read(folder: Path, bundle: Bundle) -> tuple[Stored, dict[str, np.ndarray]]:
         if sha256(folder / PICTURES) != stored.pictures_sha256:
             raise UserError(f"{folder / PICTURES} is not what {REFERENCE} says; make it anew")
         pictures = load_file(folder / PICTURES)
+        own = bundle.manifest.generation
         for run in stored.runs:
             for k in range(len(bundle.manifest.golden.prompts)):
-                pictures[f"{run.name}/{k}"]
+                picture = pictures[f"{run.name}/{k}"]
+                if (picture.dtype, picture.shape) != (np.uint8, (own.height, own.width, 3)):
+                    told = f"{run.name}/{k} is {picture.dtype} {picture.shape}"
+                    raise UserError(f"{folder / PICTURES}: {told}; make it anew")
     except (ValidationError, SafetensorError, KeyError, OSError) as error:
         told = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} holds no reference that can be read: {told}") from error

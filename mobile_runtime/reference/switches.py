@@ -4,6 +4,7 @@ A switch that a machine lacks is told in one line and left out; it never fails a
 """
 
 import importlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -126,6 +127,8 @@ def _no_compiler(machine: Machine) -> str | None:
             return "needs Triton, which is not installed; install it with: pip install triton"
         if (machine.capability or (0, 0)) < (7, 0):
             return f"Triton needs compute capability 7.0, and {machine.name} has less"
+        if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang", "cc", "cl"))):
+            return "Triton needs a C compiler (gcc or clang) on the path; install one"
         return None
     if not any(map(shutil.which, ("g++", "clang++", "cl"))):
         return "needs a C++ compiler (g++ or clang++) on the path; install one"

@@ -45,7 +45,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         value = row[key]
         return "" if value is None else format(scale * value, form)
 
-    if row["status"] != "done" and row["seconds"] is None:
+    if row["status"] != "done":
         return [row["name"], str(row["steps"]), row["status"], *[""] * (len(HEADS) - 3)]
     times = number("times", ".2f")
     if row["times_low"] is not None:
