@@ -206,7 +206,7 @@ def every_token(component: Component, tokenizer: ClipTokenizer) -> Vocabulary:
     rows = ids[vocabulary.sampled(len(ids))]
     outputs = np.stack([sketch(run({given.name: row[None]})[made.name]) for row in rows])
     word_ids = tuple(tuple(tokenizer.ids(word)) for word in words)
-    return Vocabulary(words, word_ids, ids, sketches, outputs, None)
+    return Vocabulary(words, word_ids, ids, sketches, outputs, tokenizer.digest, None)
 
 
 def write_tokens(tokens: Vocabulary, taps: Mapping[ComponentName, str], folder: Path) -> str:

@@ -29,6 +29,7 @@ from converters.components import Component
 from converters.layer_check import layer_check as layers_alone
 from converters.lowered import Lowered, Watch
 from converters.support import Scheme
+from mobile_runtime.backends.onnxruntime import EXACT_SESSION
 from mobile_runtime.errors import UserError, choices, missing_backend
 from recipes import measure
 from recipes.int4_layers import is_int4
@@ -44,14 +45,6 @@ REWRITES: tuple[str, ...] = ("cropped_upsample",)
 
 # One protobuf message, and one flatbuffer, holds less than 2 GiB; some room is for the graph.
 LIMIT_BYTES = 2**31 - 2**26
-# onnxruntime rounds activations to INT8 where it fuses an INT8 weight into MatMulNBits (43 dB where
-# the weights alone give 120). Accuracy level 1 keeps them in float32.
-# On x86 it makes uint8 of some static activations and then leaves their layers in float; here
-# they stay int8, as on Arm, so that every layer of the plan is computed by an integer kernel.
-EXACT_SESSION = {
-    "session.qdq_matmulnbits_accuracy_level": "1",
-    "session.qdqisint8allowed": "1",
-}
 # This optimizer's result runs on x86 alone.
 X86_ONLY_OPTIMIZERS = ("NchwcTransformer",)
 

@@ -141,11 +141,14 @@ def gates(recipe: Recipe, scheme: Scheme) -> Gates:
     amplified by depth, so a whole component's SNR against fake quantization says little there.
     """
     integers = scheme.name in ("w8a8", "w8a8_dynamic")
+    trajectory_db = 30.0 if scheme.arithmetic == "float16" else 60.0
+    if integers:
+        trajectory_db = TRAJECTORY_SNR_DB
     own = Gates(
         component_snr_db=None if integers else 60.0,
         float16_snr_db=45.0 if scheme.arithmetic == "float16" else None,
         layer_snr_db=45.0 if integers else None,
-        trajectory_snr_db=TRAJECTORY_SNR_DB if integers else 30.0,
+        trajectory_snr_db=trajectory_db,
         # Where a few steps flip, all later roundings do: the picture is then as far from torch's as
         # both are from the float picture (36 dB, on the embedded model).
         picture_psnr_db=30.0 if scheme.name == "w8a8" else 40.0,

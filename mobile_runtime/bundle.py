@@ -150,7 +150,9 @@ def _is_int(value: object) -> TypeGuard[int]:
 def _named_paths(manifest: Manifest) -> list[str]:
     paths = [component.path for component in manifest.components]
     paths += [manifest.tokenizer.vocab, manifest.tokenizer.merges, manifest.golden.pipeline]
-    return [*paths, *manifest.golden.components.values(), *manifest.golden.taps.values()]
+    golden = manifest.golden
+    paths += [golden.vocabulary] if golden.vocabulary else []
+    return [*paths, *golden.components.values(), *golden.taps.values()]
 
 
 def _check_file(root: Path, entry: FileEntry, verify: bool) -> None:

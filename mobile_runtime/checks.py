@@ -169,8 +169,8 @@ def check_vocabulary(bundle: Bundle, runtime: Runtime) -> Check:
         return tell("vocabulary", "fail", reason, **figures)
     ids = len(np.unique(known.ids[list(rows.rows)]))
     reason = (
-        f"{len(known.words)} words have the ids that they had at conversion, and {what} for {ids} "
-        f"of {len(np.unique(known.ids))} ids are PyTorch's"
+        f"the tokenizer's tables are the conversion's, and {what} for {ids} of "
+        f"{len(np.unique(known.ids))} ids are PyTorch's"
     )
     return tell("vocabulary", "pass", reason, **figures)
 

@@ -7,6 +7,7 @@ instead, and differs on such text. The byte-pair scheme is that of Sennrich et a
 (arXiv:1508.07909) over bytes, as in GPT-2 and CLIP (arXiv:2103.00020).
 """
 
+import hashlib
 import json
 import unicodedata
 from itertools import pairwise
@@ -138,6 +139,12 @@ class ClipTokenizer:
         ids = [self.bos_token_id, *self.ids(text)[: self.max_length - 2], self.eos_token_id]
         ids += [self.pad_token_id] * (self.max_length - len(ids))
         return np.array([ids], dtype=np.int32)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of both tables: each token's id, and the merges in their order."""
+        tables = [sorted(self.vocabulary.items()), list(self._ranks)]
+        return hashlib.sha256(json.dumps(tables).encode()).hexdigest()
 
     def dropped(self, text: str) -> str:
         """What `encode` cuts off a prompt that is too long, as text; empty if nothing."""

@@ -410,8 +410,10 @@ def run(args: argparse.Namespace) -> int:
         # Else the next run would be held to what just failed.
         print(f"{args.save_baseline} is left as it is: only a pass is stored", file=sys.stderr)
     if args.markdown:
-        with args.markdown.open("a", encoding="utf-8") as stream:
-            stream.write(report_markdown.render(report))
+        with args.markdown.open("a+b") as stream:
+            stream.seek(0)
+            apart = b"" if stream.read()[-1:] in (b"", b"\n") else b"\n\n"
+            stream.write(apart + report_markdown.render(report).encode())
     if args.json:
         print(report.model_dump_json(indent=1, exclude={"pictures"}))
     else:

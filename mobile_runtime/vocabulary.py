@@ -1,15 +1,15 @@
 """Every token of a bundle: what the golden prompts, with their few words, never look at.
 
-`golden/vocabulary.safetensors` holds, from the conversion, the ids of words that use every entry
-and every merge of the tokenizer's files, and, as sketches, what the text encoder's token embedding
-gives in PyTorch for each id. Here the files are held against them: a vocabulary with two ids
+`golden/vocabulary.safetensors` holds, from the conversion, a hash of the tokenizer's tables and the
+ids of words made of its entries, and, as sketches, what the text encoder's token embedding gives in
+PyTorch for each id. Here the files are held against them: a vocabulary with two ids
 exchanged, or a zeroed row of the embedding, changes no golden prompt that lacks the word. Where a
 runtime does not show the embedding, the whole text encoder runs on some of the rows instead.
 
 Tensors: `words` (a JSON list, as bytes), `word_ids` (N,) int32 with `lengths` (W,) int32, how many
 of them each word has; `ids` (R, L) int32, the whole vocabulary as inputs of the text encoder;
 `sketches` (R, 64) float32, and `outputs` (S, 64), the text encoder's for the rows `sampled(R)`.
-Metadata: `value`, the embedding's name in the target's file.
+Metadata: `tables`, the hash; `value`, the embedding's name in the target's file.
 """
 
 import json
@@ -47,6 +47,7 @@ class Vocabulary:
     ids: np.ndarray
     sketches: np.ndarray
     outputs: np.ndarray
+    tables: str
     value: str | None
 
 
@@ -80,7 +81,8 @@ def write(vocabulary: Vocabulary, path: Path) -> None:
         "sketches": np.ascontiguousarray(vocabulary.sketches, np.float32),
         "outputs": np.ascontiguousarray(vocabulary.outputs, np.float32),
     }
-    save_file(tensors, path, {"value": vocabulary.value} if vocabulary.value else None)
+    named = {"value": vocabulary.value} if vocabulary.value else {}
+    save_file(tensors, path, {"tables": vocabulary.tables, **named})
 
 
 def read(bundle: Bundle) -> Vocabulary | None:
@@ -90,8 +92,9 @@ def read(bundle: Bundle) -> Vocabulary | None:
     path = bundle.file(bundle.manifest.golden.vocabulary)
     try:
         with safe_open(path, "numpy") as file:
-            value = (file.metadata() or {}).get("value")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tables, value = metadata["tables"], metadata.get("value")
         words = tuple(json.loads(tensors["words"].tobytes()))
         ends = np.cumsum(tensors["lengths"])
         parts = np.split(tensors["word_ids"], ends[:-1])
@@ -111,7 +114,7 @@ def read(bundle: Bundle) -> Vocabulary | None:
     if not whole:
         raise BundleError(f"{path}: its tensors do not fit together; make the bundle again")
     word_ids = tuple(tuple(part.tolist()) for part in parts)
-    return Vocabulary(words, word_ids, ids, sketches, outputs, value)
+    return Vocabulary(words, word_ids, ids, sketches, outputs, tables, value)
 
 
 def tokenizer_fault(bundle: Bundle, vocabulary: Vocabulary) -> str | None:
@@ -125,6 +128,8 @@ def tokenizer_fault(bundle: Bundle, vocabulary: Vocabulary) -> str | None:
         for word, wanted in zip(vocabulary.words, vocabulary.word_ids, strict=True)
         if (given := tokenizer.ids(word)) != list(wanted)
     ]
+    if not wrong and tokenizer.digest != vocabulary.tables:
+        return "the tokenizer's entries, or its merges and their order, are not the conversion's"
     if not wrong:
         return None
     word, given, wanted = wrong[0]

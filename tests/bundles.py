@@ -218,7 +218,9 @@ def write_vocabulary(w: Arrays, folder: Path) -> None:
     rows = [{"input_ids": row[None]} for row in ids[vocabulary.sampled(len(ids))]]
     outputs = np.stack([sketch(text_encoder(w, row)["last_hidden_state"]) for row in rows])
     word_ids = tuple(tuple(tokenizer.ids(word)) for word in words)
-    made = vocabulary.Vocabulary(words, word_ids, ids, sketches, outputs, "tokens")
+    made = vocabulary.Vocabulary(
+        words, word_ids, ids, sketches, outputs, tokenizer.digest, "tokens"
+    )
     vocabulary.write(made, folder / vocabulary.PATH)
 
 

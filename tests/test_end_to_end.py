@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from converters import cli
-from converters.onnx import EXACT_SESSION
+from mobile_runtime.backends.onnxruntime import EXACT_SESSION
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.parity import picture_psnr_db
 from mobile_runtime.pipeline import Pipeline

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from converters import cli
 from mobile_runtime import vocabulary
+from mobile_runtime.backends.mil.package import Package
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError
 from mobile_runtime.on_devices import Asked, validate_on
@@ -115,6 +116,21 @@ def two_tokens_exchanged(folder: Path) -> None:
 def a_merge_dropped(folder: Path) -> None:
     path = folder / "tokenizer/merges.txt"
     path.write_text("\n".join(path.read_text().rstrip().split("\n")[:-1]) + "\n")
+
+
+def merges_in_another_order(folder: Path) -> None:
+    path = folder / "tokenizer/merges.txt"
+    first, *lines = path.read_text().rstrip().split("\n")
+    path.write_text("\n".join([first, *lines[:-2], lines[-1], lines[-2]]) + "\n")
+
+
+def letters_exchanged(folder: Path) -> None:
+    """The ids of all tokens that are a single byte of a letter beyond ASCII."""
+    path = folder / "tokenizer/vocab.json"
+    ids = json.loads(path.read_text())
+    bytes_ = [token for token in ids if len(token) == 1 and not token.isascii()]
+    moved = dict(zip(bytes_, [ids[t] for t in bytes_[1:] + bytes_[:1]], strict=True))
+    path.write_text(json.dumps(ids | moved))
 
 
 def other_format(folder: Path) -> None:
@@ -259,6 +275,8 @@ DAMAGES = [
     Damage("two rows that no golden prompt has swapped", two_unused_rows_swapped),
     Damage("two tokens that no golden prompt has exchanged", two_tokens_exchanged),
     Damage("a merge of the tokenizer dropped", a_merge_dropped),
+    Damage("the tokenizer's merges in another order", merges_in_another_order),
+    Damage("letters beyond ASCII exchanged", letters_exchanged),
     Damage("a truncated file", cut),
     Damage("another component's file", other_component),
     Damage("a reference of another case", in_golden("unet", rolled("1/out/out_sample"))),
@@ -354,6 +372,43 @@ def test_a_sampler_that_asks_more_often_than_it_did_fails(bundles, tmp_path):
     assert "more often than PyTorch did" in told.reason
 
 
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("shape", "describes its inputs"),
+        ("name", "describes its outputs"),
+        ("version", "version 1"),
+    ],
+)
+def test_a_package_that_describes_itself_otherwise_is_refused(bundles, tmp_path, what, told):
+    """Core ML reads the description; the program in it is sound."""
+
+    def change(folder: Path) -> None:
+        package = Package(folder / "Unet.mlpackage")
+        if what == "shape":
+            package.spec.description.input[0].type.multiArrayType.shape[0] = 7
+        elif what == "name":
+            package.spec.description.output[0].name = "nonsense"
+        else:
+            package.spec.specificationVersion = 1
+        package.model_file.write_bytes(package.spec.SerializeToString())
+
+    report = checked(damaged(bundles["coreml"], Damage(what, change), tmp_path / "bundle"))
+    assert report.verdict == "fail"
+    assert told in report.summary
+
+
+def test_other_session_options_than_those_that_were_validated_are_refused(bundles, tmp_path):
+    def other(manifest: dict[str, Any]) -> None:
+        options = manifest["components"][1]["details"]["session_options"]
+        options["session.qdq_matmulnbits_accuracy_level"] = "4"
+
+    damage = Damage("options", in_manifest(other))
+    report = checked(damaged(bundles["onnx"], damage, tmp_path / "bundle"))
+    assert report.verdict == "fail"
+    assert "tells apps the session options" in report.summary
+
+
 def test_a_format_that_hides_a_damage_is_refused(bundles, tmp_path):
     with pytest.raises(BundleError, match="no file of the format ort"):
         checked(damaged(bundles["onnx"], Damage("format", other_format), tmp_path / "bundle"))
@@ -446,14 +501,15 @@ def test_values_inside_are_told_where_they_cannot_be_looked_at(bundles, tmp_path
 def test_where_nothing_inside_is_shown_the_whole_encoder_runs_on_the_tokens(bundles, tmp_path):
     """As in ExecuTorch, and in `.ort` files."""
 
+    known = vocabulary.read(Bundle.open(bundles["onnx"]))
+    assert known is not None
+
     def unnamed(folder: Path) -> None:
-        known = vocabulary.read(Bundle.open(folder, verify=False))
-        assert known is not None
         vocabulary.write(replace(known, value=None), folder / vocabulary.PATH)
 
     def apply(folder: Path) -> None:
-        unnamed(folder)
         unused_rows_zeroed(folder)
+        unnamed(folder)
 
     report = checked(damaged(bundles["onnx"], Damage("sound", unnamed), tmp_path / "sound"))
     (told,) = [check for check in report.checks if check.kind == "vocabulary"]

@@ -18,6 +18,7 @@ from converters.coreml import CoreMLOptions
 from converters.lowered import Lowered
 from converters.onnx import OnnxOptions
 from mobile_runtime.backends.mil import Program
+from mobile_runtime.backends.onnxruntime import EXACT_SESSION
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import ComponentName, TensorSpec
 from recipes import int4_layers, schema
@@ -85,7 +86,7 @@ def session(path: Path, exact: bool = True, optimized: Path | None = None) -> An
     options.intra_op_num_threads = 1
     if optimized:
         options.optimized_model_filepath = str(optimized)
-    for key, value in to_onnx.EXACT_SESSION.items() if exact else ():
+    for key, value in EXACT_SESSION.items() if exact else ():
         options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -18,6 +18,7 @@ from converters import onnx as converter
 from converters.components import Component
 from converters.lowered import Lowered
 from converters.onnx import OnnxOptions
+from mobile_runtime.backends.onnxruntime import EXACT_SESSION
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import TensorSpec
 from recipes.quantize import quantize
@@ -45,7 +46,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    for key, value in converter.EXACT_SESSION.items():
+    for key, value in EXACT_SESSION.items():
         options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
@@ -315,7 +316,7 @@ def test_optimum_draws_the_picture_that_diffusers_draws(
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    for key, value in converter.EXACT_SESSION.items():
+    for key, value in EXACT_SESSION.items():
         options.add_session_config_entry(key, value)
     opened = ORTDiffusionPipeline.from_pretrained(folder, session_options=options)
     assert_same_picture(opened, torch_pipeline, guidance_scale)
@@ -353,7 +354,7 @@ def test_every_layer_with_static_activations_runs_in_an_integer_kernel(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    for key, value in converter.EXACT_SESSION.items():
+    for key, value in EXACT_SESSION.items():
         options.add_session_config_entry(key, value)
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mobile_runtime.backends.mil.package import Package
 from mobile_runtime.backends.mil.program import Observer, Program
 from mobile_runtime.backends.mil.values import ARITHMETICS, Arithmetic, ValueType
 from mobile_runtime.bundle import Bundle
@@ -64,6 +65,7 @@ def load(bundle: Bundle, component: str, *, arithmetic: Arithmetic = "float32") 
         )
     if importlib.util.find_spec("torch") is None:
         raise missing_backend("torch", "coreml", "the ML-program interpreter")
+    Package(bundle.file(entry.path)).check_interface(entry)
     return Runner(Program.open(bundle.file(entry.path)), arithmetic)
 
 

@@ -16,8 +16,11 @@ from typing import Any
 
 from mobile_runtime.backends.mil.weights import WeightFile
 from mobile_runtime.errors import BundleError, UserError, missing_backend
+from mobile_runtime.manifest import ComponentEntry
 
 MODEL_PATH = "@model_path"
+ARRAY_TYPES = {"float16": 65552, "float32": 65568, "int32": 131104}
+"""FeatureTypes.proto, ArrayFeatureType.ArrayDataType."""
 PROTO_PACKAGE = "_coremltools_proto"
 
 
@@ -84,6 +87,29 @@ class Package:
                 "programs: convert with convert_to='mlprogram'"
             )
         return spec
+
+    def check_interface(self, entry: ComponentEntry) -> None:
+        """Raise BundleError unless the package describes itself as the manifest does.
+
+        Core ML reads the description, and apps by it; the program runs without.
+        """
+        described, version = self.spec.description, entry.details.get("specification_version")
+        for kind, specs in (("input", entry.inputs), ("output", entry.outputs)):
+            given = {
+                one.name: (tuple(one.type.multiArrayType.shape), one.type.multiArrayType.dataType)
+                for one in getattr(described, kind)
+            }
+            wanted = {spec.name: (spec.shape, ARRAY_TYPES.get(spec.dtype)) for spec in specs}
+            if given != wanted:
+                raise BundleError(
+                    f"{self.path} describes its {kind}s as {given}, and the manifest as {wanted}; "
+                    "make the bundle again"
+                )
+        if version is not None and self.spec.specificationVersion != version:
+            raise BundleError(
+                f"{self.path} has specification version {self.spec.specificationVersion}, and the "
+                f"manifest says {version}; make the bundle again"
+            )
 
     def weights(self, name: str) -> WeightFile:
         """The weight file that a program calls `name`, e.g. @model_path/weights/weight.bin."""
