@@ -27,6 +27,12 @@ def _no_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
+# Of a good bundle: twelve checks of components, one of every token, fifteen of two prompts, of which
+# nothing is there to replay.
+PASSED, SKIPPED = 26, 2
+CHECKS = PASSED + SKIPPED
+
+
 def louder_goldens(name: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Goldens that the UNet misses by a tenth."""
     return {
@@ -56,8 +62,7 @@ def test_the_pytest_plugin_shows_every_check_of_a_good_bundle_as_a_test(
     pytester: pytest.Pytester, good: Bundle
 ) -> None:
     result = run_plugin(pytester, good)
-    # Thirteen checks of components and fourteen of two prompts; nothing is there to replay.
-    result.assert_outcomes(passed=25, skipped=2)
+    result.assert_outcomes(passed=PASSED, skipped=SKIPPED)
     result.stdout.fnmatch_lines(["*PASSED *unet_conditioning[[]onnxruntime]*"])
     result.stdout.fnmatch_lines(["*PASSED *pipeline_picture[[]onnxruntime-prompt1]*"])
 
@@ -67,7 +72,7 @@ def test_the_pytest_plugin_fails_with_the_reason_and_no_traceback(
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle", change_golden=louder_goldens)
     result = run_plugin(pytester, bundle, "-k", "unet_same_function")
-    result.assert_outcomes(failed=1, deselected=26)
+    result.assert_outcomes(failed=1, deselected=CHECKS - 1)
     result.stdout.fnmatch_lines(["*has an SNR of * dB, and its gate is 60 dB*"])
     result.stdout.no_fnmatch_line("*Traceback*")
     result.stdout.no_fnmatch_line("*pytest_plugin.py*")
@@ -104,15 +109,16 @@ def test_the_pytest_plugin_fails_what_could_not_run(
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle", change_manifest=without_pairs)
     result = run_plugin(pytester, bundle, "-k", "unet_conditioning")
-    result.assert_outcomes(failed=1, deselected=26)
+    result.assert_outcomes(failed=1, deselected=CHECKS - 1)
 
 
 def test_the_pytest_plugin_runs_beside_the_tests_that_are_named(
     pytester: pytest.Pytester, good: Bundle
 ) -> None:
     pytester.makepyfile(test_mine="def test_mine(): pass")
-    run_plugin(pytester, good).assert_outcomes(passed=25, skipped=2)
-    run_plugin(pytester, good, "test_mine.py").assert_outcomes(passed=26, skipped=2)
+    run_plugin(pytester, good).assert_outcomes(passed=PASSED, skipped=SKIPPED)
+    both = run_plugin(pytester, good, "test_mine.py")
+    both.assert_outcomes(passed=PASSED + 1, skipped=SKIPPED)
 
 
 def test_the_pytest_plugin_gives_ids_that_begin_with_the_bundles_folder_and_select_a_test(
@@ -120,13 +126,13 @@ def test_the_pytest_plugin_gives_ids_that_begin_with_the_bundles_folder_and_sele
 ) -> None:
     result = run_plugin(pytester, good, "--collect-only", "-q")
     ids = [line for line in result.outlines if "::" in line]
-    assert len(ids) == 27
+    assert len(ids) == CHECKS
     assert all(line.startswith("bundle::") for line in ids)
     chosen = "bundle::unet_same_function[onnxruntime]"
     assert chosen in ids
     run_plugin(pytester, good, chosen).assert_outcomes(passed=1)
     run_plugin(pytester, good, "--deselect", chosen).assert_outcomes(
-        passed=24, skipped=2, deselected=1
+        passed=PASSED - 1, skipped=SKIPPED, deselected=1
     )
     pytester.makepyfile(test_mine="def test_mine(): pass")
     run_plugin(pytester, good, "test_mine.py", chosen).assert_outcomes(passed=2)
@@ -150,7 +156,7 @@ def test_the_pytest_plugin_holds_each_component_to_a_stored_baseline(
 ) -> None:
     same = baseline_of(good, tmp_path / "same.json")
     result = run_plugin(pytester, good, same)
-    result.assert_outcomes(passed=29, skipped=2)
+    result.assert_outcomes(passed=PASSED + 4, skipped=SKIPPED)
     result.stdout.fnmatch_lines(["*PASSED *unet_baseline*", "*PASSED *pipeline_baseline*"])
     chosen = run_plugin(pytester, good, same, "bundle::pipeline_baseline")
     chosen.assert_outcomes(passed=1)
@@ -163,7 +169,7 @@ def test_the_pytest_plugin_fails_what_is_worse_than_the_baseline(
     good = make_bundle(tmp_path / "good")
     better = baseline_of(good, tmp_path / "b.json", model_bytes={"text_encoder": 1, "gone": 5})
     result = run_plugin(pytester, bundle, better, "-k", "baseline")
-    result.assert_outcomes(passed=2, failed=3, deselected=27)
+    result.assert_outcomes(passed=2, failed=3, deselected=CHECKS)
     result.stdout.fnmatch_lines(["*it grew from 1 to * bytes*"])
     result.stdout.fnmatch_lines(["*same function in onnxruntime fell from * to * dB*"])
     result.stdout.fnmatch_lines(["*it is gone*"])
@@ -200,7 +206,7 @@ def test_the_pytest_plugin_fails_a_bundle_without_golden_prompts(
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle", change_manifest=without_prompts)
     result = run_plugin(pytester, bundle, "-k", "pipeline")
-    result.assert_outcomes(failed=1, deselected=13)
+    result.assert_outcomes(failed=1, deselected=14)
     result.stdout.fnmatch_lines(["*no golden prompt*"])
 
 

@@ -140,6 +140,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     written = report(
         check(value=71.5, unit="dB", gate=60.0, details={"cases": [{"snr_db": 71.5}]}),
+        check(kind="picture", component="pipeline"),
         manifest_sha256=bundle.manifest_sha256,
     )
     write_report(written, bundle.path)
@@ -151,9 +152,10 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_report_of_another_bundle_is_refused(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
-    write_report(report(check(), manifest_sha256=bundle.manifest_sha256), bundle.path)
+    checks = (check(), check(kind="picture", component="pipeline"))
+    write_report(report(*checks, manifest_sha256=bundle.manifest_sha256), bundle.path)
     other = make_bundle(tmp_path / "bundle", guidance_scale=4.0, force=True)
-    write_report(report(check(), manifest_sha256=bundle.manifest_sha256), other.path)
+    write_report(report(*checks, manifest_sha256=bundle.manifest_sha256), other.path)
     with pytest.raises(BundleError, match="another bundle"):
         read_report(other)
 
