@@ -27,8 +27,7 @@ def _no_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
-# Of a good bundle: twelve checks of components, one of every token, fifteen of two prompts, of which
-# nothing is there to replay.
+# Of a good bundle, with two prompts and nothing to replay.
 PASSED, SKIPPED = 26, 2
 CHECKS = PASSED + SKIPPED
 
