@@ -12,12 +12,14 @@ import numpy as np
 
 from converters import components, golden, palette_plan, rewrites, support, taps
 from converters.components import Component
+from converters.lowered import Lowered
 from converters.progress import Progress
 from converters.schedule import compile_schedule
 from mobile_runtime import taps as tapping
 from mobile_runtime.bundle import Bundle, BundleWriter
 from mobile_runtime.errors import UserError
 from mobile_runtime.manifest import (
+    AtConversion,
     ComponentEntry,
     ComponentName,
     Generation,
@@ -119,17 +121,23 @@ def convert(request: Request, progress: Progress) -> Bundle:
         entries = []
         info = source.info
         del source, pipeline  # from here on each component is freed when it is done
+        timesteps = sorted({row.timestep for s in schedules for row in s.rows}, reverse=True)
         for name in recipe.components:
-            inputs = cases.inputs[name]
+            seen = _Seen(cases.inputs[name], timesteps if name == "unet" else [])
             entries.append(
-                _lower(target, built.pop(name), inputs, options, scheme, plans, writer, progress)
+                _lower(target, built.pop(name), seen, options, scheme, plans, writer, progress)
             )
             gc.collect()
 
         progress("write the bundle")
         tapped = _tapped(recipe.components, writer.path)
-        update = {"taps": tapped, "vocabulary": golden.write_tokens(tokens, tapped, writer.path)}
-        vectors = vectors.model_copy(update=update)
+        vectors = vectors.model_copy(
+            update={
+                "taps": tapped,
+                "timesteps": _if_there(tapping.TIMESTEPS_PATH, writer.path),
+                "vocabulary": golden.write_tokens(tokens, tapped, writer.path),
+            }
+        )
         return writer.commit(
             Manifest(
                 name=recipe.name,
@@ -290,10 +298,18 @@ def _golden_prompts(recipe: Recipe) -> tuple[GoldenPrompt, ...]:
     )
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a component will see: the inputs of its golden cases, and the schedules' timesteps."""
+
+    cases: list[dict[str, np.ndarray]]
+    timesteps: list[float]
+
+
 def _lower(
     target: Any,
     component: Component,
-    inputs: list[dict[str, np.ndarray]],
+    seen: _Seen,
     options: Any,
     scheme: support.Scheme,
     plans: list[LayerPlan],
@@ -309,17 +325,20 @@ def _lower(
     progress(f"lower {component.name}")
     with writer.scratch():
         lowered = target.lower(rewritten, program, writer.path, options, progress.detail)
-    details = dict(lowered.details)
+    details, first = dict(lowered.details), seen.cases[0]
     if lowered.watch:
         progress(f"look inside {component.name}")
-        seen = taps.computed(program, [inputs[0][spec.name] for spec in component.inputs])
-        found = taps.record(component, seen, inputs[0], lowered.path, lowered.watch)
-        tapping.write(found, writer.path / tapping.path_of(component.name))
-        details["taps"] = {"found": len(found.taps), "operators": len(seen)}
+        details["taps"] = _look_inside(component, program, seen, lowered, writer.path)
     del program, rewritten
+    at_conversion = None
+    if lowered.run:
+        progress(f"run {component.name}")
+        made_on = tapping.this_machine(lowered.run.backend)
+        snr_db = golden.worst_snr_db(component, seen.cases, lowered.run.call)
+        at_conversion = AtConversion(snr_db=snr_db, made_on=made_on)
     if any(plan.activations != "none" for plan in mine):
         progress(f"check {component.name} layer by layer")
-        details["layer_snr_db"] = target.layer_check(component, inputs[0], options, progress.detail)
+        details["layer_snr_db"] = target.layer_check(component, first, options, progress.detail)
     return ComponentEntry(
         name=cast(ComponentName, component.name),
         path=lowered.path.relative_to(writer.path).as_posix(),
@@ -330,14 +349,36 @@ def _lower(
         parameters=parameters,
         macs=macs,
         bytes=size_bytes(lowered.path),
+        at_conversion=at_conversion,
         details=details,
     )
 
 
+def _look_inside(
+    component: Component, program: Any, seen: _Seen, lowered: Lowered, folder: Path
+) -> dict[str, int]:
+    """Write the taps, of a golden case and of every timestep; how many were found."""
+    assert lowered.watch is not None
+    first, path, watch = seen.cases[0], lowered.path, lowered.watch
+    operators = taps.computed(program, [first[spec.name] for spec in component.inputs])
+    found = taps.record(component, operators, first, path, watch)
+    tapping.write(found, folder / tapping.path_of(component.name))
+    steps = seen.timesteps
+    if steps and (
+        every := taps.record_timesteps(program, component, first, steps, found, path, watch)
+    ):
+        tapping.write(every, folder / tapping.TIMESTEPS_PATH)
+    return {"found": len(found.taps), "operators": len(operators)}
+
+
 def _tapped(names: Iterable[ComponentName], folder: Path) -> dict[ComponentName, str]:
     """Where the taps of each component lie that has any."""
-    paths = {name: tapping.path_of(name) for name in names}
-    return {name: path for name, path in paths.items() if (folder / path).is_file()}
+    paths = {name: _if_there(tapping.path_of(name), folder) for name in names}
+    return {name: path for name, path in paths.items() if path}
+
+
+def _if_there(path: str, folder: Path) -> str | None:
+    return path if (folder / path).is_file() else None
 
 
 def _scheme_of(plans: list[LayerPlan], scheme: support.Scheme) -> str:

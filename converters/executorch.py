@@ -31,8 +31,9 @@ from torch.fx import GraphModule, Node
 
 from converters.components import Component
 from converters.layer_check import layer_check as layers_alone
-from converters.lowered import Lowered
+from converters.lowered import Lowered, Run
 from converters.support import Scheme
+from mobile_runtime.backends.executorch import load_file
 from mobile_runtime.errors import missing_backend
 from recipes.quiet import quiet
 from recipes.schema import Recipe
@@ -104,7 +105,8 @@ def lower(
         "macs_delegated_fraction": 1 - remaining / total if total else 1.0,
         "lowering_seconds": round(time.perf_counter() - started, 2),
     }
-    return Lowered(path, "pte", details)
+    names = ([spec.name for spec in specs] for specs in (component.inputs, component.outputs))
+    return Lowered(path, "pte", details, run=Run("executorch", load_file(path, *names)))
 
 
 def _lower(

@@ -5,7 +5,7 @@ that a component is checked on values that it will see. They are run twice in to
 stages (`source`) and after them (`out`, same function).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -17,15 +17,18 @@ from safetensors.numpy import save_file
 from converters.components import Component
 from mobile_runtime import vocabulary
 from mobile_runtime.manifest import ComponentName, Golden, GoldenPrompt
+from mobile_runtime.parity import check_outputs
 from mobile_runtime.pipeline import Pipeline, Result
 from mobile_runtime.sketches import SKETCH_SIZE, sketch
-from mobile_runtime.taps import open_taps
+from mobile_runtime.taps import CEILING_DB, open_taps
 from mobile_runtime.tokenizer import ClipTokenizer
 from mobile_runtime.vocabulary import Vocabulary
 
 Arrays = dict[str, np.ndarray]
 Runner = Callable[[Arrays], Arrays]
 
+FEW_STEPS = 8
+"""A schedule's steps of which each timestep has a golden case."""
 EMBEDDING = "token_embedding"
 """What CLIP's text encoder calls the layer that looks tokens up."""
 
@@ -44,6 +47,17 @@ def torch_runner(component: Component) -> Runner:
         }
 
     return run
+
+
+def worst_snr_db(component: Component, cases: Sequence[Arrays], run: Runner) -> float:
+    """How far what a final file gives for the golden cases is from PyTorch, in dB; at most 100.
+
+    Zero where it gives nothing that can be compared.
+    """
+    wanted = torch_runner(component)
+    found = [check_outputs(wanted(case), run(case)) for case in cases]
+    figures = [verdict.figures for verdicts in found for verdict in verdicts]
+    return min(min(one.snr_db, CEILING_DB) if one else 0.0 for one in figures)
 
 
 @dataclass
@@ -65,9 +79,10 @@ def record_source(
 ) -> GoldenCases:
     """Run the source pipeline on the golden prompts; keep what each component saw and gave.
 
-    A UNet gives the first, middle and last step of each prompt, and the first step of the first
-    prompt once more with the empty prompt (the conditioning pair); a text encoder each prompt and
-    the empty one; a decoder each final latent; an encoder each picture.
+    A UNet gives the first, middle and last step of each prompt, each other timestep of a schedule
+    of at most 8 steps, and the first step of the first prompt once more with the empty prompt (the
+    conditioning pair); a text encoder each prompt and the empty one; a decoder each final latent;
+    an encoder each picture.
     """
     cases = GoldenCases(prompts)
     for prompt in prompts:
@@ -82,6 +97,11 @@ def record_source(
         for name in ("text_encoder", "unet", "vae_decoder"):
             for inputs, outputs in _spread(seen[name]):
                 _add(cases, name, inputs, outputs)
+        if len(seen["unet"]) <= FEW_STEPS:
+            known = {float(one["timestep"][0]) for one in cases.inputs["unet"]}
+            for inputs, outputs in seen["unet"]:
+                if float(inputs["timestep"][0]) not in known:
+                    _add(cases, "unet", inputs, outputs)
     _add_conditioning_pair(cases, components, make_pipeline)
     if "vae_encoder" in components:
         encode = torch_runner(components["vae_encoder"])

@@ -1,9 +1,13 @@
 """What a lowering gives back: the file that it made, and what it has to say about it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,22 @@ class Watch:
 
 
 @dataclass(frozen=True)
+class Run:
+    """How to run a file of which nobody can look inside. call: named arrays in and out."""
+
+    backend: str
+    call: Callable[[Arrays], Arrays]
+
+
+@dataclass(frozen=True)
 class Lowered:
     """One component in a target's format. `path` is a file, or a folder for .mlpackage.
 
-    watch: None where nobody can look inside.
+    watch: None where nobody can look inside; `run` is there instead.
     """
 
     path: Path
     format: str
     details: dict[str, Any] = field(default_factory=dict)
     watch: Watch | None = None
+    run: Run | None = None

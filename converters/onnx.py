@@ -27,9 +27,9 @@ from converters import components as exporting
 from converters import onnx_int4
 from converters.components import Component
 from converters.layer_check import layer_check as layers_alone
-from converters.lowered import Lowered, Watch
+from converters.lowered import Lowered, Run, Watch
 from converters.support import Scheme
-from mobile_runtime.backends.onnxruntime import EXACT_SESSION
+from mobile_runtime.backends.onnxruntime import EXACT_SESSION, load_file
 from mobile_runtime.errors import UserError, choices, missing_backend
 from recipes import measure
 from recipes.int4_layers import is_int4
@@ -137,7 +137,7 @@ def lower(
         path = _to_ort(path, folder)
         details["op_kinds"] = _ort_op_kinds(path)
         details["note"] = "model.ort in place of model.onnx: for ONNX Runtime, not for Optimum"
-        return Lowered(path, path.suffix[1:], details)
+        return Lowered(path, path.suffix[1:], details, run=Run("onnxruntime", load_file(path)))
     return Lowered(path, path.suffix[1:], details, watch)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 from converters.components import Component
 from converters.lowered import Watch
+from mobile_runtime import backends, taps
 from mobile_runtime import sketches as sk
-from mobile_runtime import taps
 from mobile_runtime.taps import Tap, Taps
 
 # What moves values, or names them anew, computes nothing that could diverge.
@@ -30,6 +30,8 @@ MOVING = frozenset(
 )
 # A value in the file is a tap's if it agrees so far; quantized activations deep inside have little.
 MATCHES_DB = 20.0
+TIME = "time_emb_proj"
+"""What diffusers calls the layers that a UNet's resnets add the timestep by."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,21 @@ class Computed:
     sketch: np.ndarray
 
 
-def computed(program: torch.export.ExportedProgram, inputs: Iterable[np.ndarray]) -> list[Computed]:
-    """Run a program on one case, and sketch the float value of every operator, in order."""
+def computed(
+    program: torch.export.ExportedProgram, inputs: Iterable[np.ndarray], layers: str = ""
+) -> list[Computed]:
+    """Run a program on one case, and sketch the float value of every operator, in order.
+
+    layers: how the paths of the layers end that are wanted; only what they need is computed.
+    """
     seen: list[Computed] = []
+    module = program.module()
+    needed = _needed(module.graph, layers)
 
     class Watched(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
+            if n.op == "call_function" and n not in needed:
+                return None
             value = super().run_node(n)
             if n.op == "call_function" and isinstance(value, Tensor):
                 note(n, value)
@@ -63,12 +74,21 @@ def computed(program: torch.export.ExportedProgram, inputs: Iterable[np.ndarray]
         ):
             return
         layer = _layer_of(node)
-        seen.append(Computed(layer, op, node.name, value.numel(), sk.sketch(value.numpy())))
+        if layer.endswith(layers):
+            seen.append(Computed(layer, op, node.name, value.numel(), sk.sketch(value.numpy())))
 
-    module = program.module()
     with torch.no_grad():
         Watched(module).run(*(torch.from_numpy(array) for array in inputs))
     return seen
+
+
+def _needed(graph: fx.Graph, layers: str) -> set[fx.Node]:
+    """The nodes of the layers whose paths end so, and all that they take."""
+    needed: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in needed or (node.op == "call_function" and _layer_of(node).endswith(layers)):
+            needed |= {node, *node.all_input_nodes}
+    return needed
 
 
 def _op_of(node: fx.Node) -> str | None:
@@ -126,6 +146,50 @@ def record(
         np.array([sketch for _, sketch in found], np.float32).reshape(-1, sk.SKETCH_SIZE),
         taps.this_machine(watch.backend),
     )
+
+
+def record_timesteps(
+    program: torch.export.ExportedProgram,
+    component: Component,
+    inputs: Mapping[str, np.ndarray],
+    timesteps: Sequence[float],
+    found: Taps,
+    path: Path,
+    watch: Watch,
+) -> Taps | None:
+    """What the resnets make of every timestep, of those of their values that are in the file.
+
+    found: the UNet's taps. None where it has no such layers, or the file none of their values.
+    """
+    named = {(tap.layer, tap.op): tap.value for tap in found.taps if tap.layer.endswith(TIME)}
+    if not named:
+        return None
+    cases = [dict(inputs) | {"timestep": np.full_like(inputs["timestep"], t)} for t in timesteps]
+    seen = [
+        [
+            one
+            for one in computed(program, [case[spec.name] for spec in component.inputs], TIME)
+            if (one.layer, one.op) in named
+        ]
+        for case in cases
+    ]
+    there = {
+        arithmetic: list(
+            backends.some_values(path, watch.backend, list(named.values()), cases, **options)
+        )
+        for arithmetic, options in watch.runs.items()
+    }
+    taps_of, sketches = [], []
+    for k, row in enumerate(seen):
+        for one in row:
+            value = named[one.layer, one.op]
+            figures = {
+                arithmetic: round(sk.sketch_snr_db(one.sketch, sk.sketch(values[k][value])), 1)
+                for arithmetic, values in there.items()
+            }
+            taps_of.append(Tap(one.layer, one.op, value, one.elements, figures))
+            sketches.append(one.sketch)
+    return Taps(tuple(taps_of), np.array(sketches), found.made_on, tuple(timesteps))
 
 
 def _closest(one: Computed, names: Sequence[str], sketches: np.ndarray) -> tuple[int, float]:

@@ -5,7 +5,8 @@ feed), `k/out/NAME` (same function: the torch module after the stages) and `k/so
 fp32 pipeline before the stages). For the pipeline, case k holds `k/noise` (1, C, h, w; unit
 variance), `k/fresh_noise` (steps, C, h, w; only where a schedule row has d != 0), `k/trajectory`
 (steps + 1, C, h, w; the last row is what the decoder gets before scaling), `k/picture` and
-`k/source_picture` (H, W, 3; uint8).
+`k/source_picture` (H, W, 3; uint8). What is kept of the values inside, of every timestep and of
+every token is told in taps.py and vocabulary.py.
 """
 
 import errno
@@ -151,7 +152,7 @@ def _named_paths(manifest: Manifest) -> list[str]:
     paths = [component.path for component in manifest.components]
     paths += [manifest.tokenizer.vocab, manifest.tokenizer.merges, manifest.golden.pipeline]
     golden = manifest.golden
-    paths += [golden.vocabulary] if golden.vocabulary else []
+    paths += filter(None, (golden.vocabulary, golden.timesteps))
     return [*paths, *golden.components.values(), *golden.taps.values()]
 
 

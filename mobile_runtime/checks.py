@@ -58,6 +58,8 @@ def component_kinds(bundle: Bundle, component: ComponentName, runtime: Runtime) 
         kinds.append("layers_at_conversion")
     if can_look_inside(bundle, component, runtime):
         kinds.append("inside")
+    if _can_look_at_timesteps(bundle, component, runtime):
+        kinds.append("timesteps")
     if component == "text_encoder" and bundle.manifest.golden.vocabulary:
         kinds.append("vocabulary")
     return kinds
@@ -95,11 +97,13 @@ def failed(checks: Sequence[Check]) -> bool:
 def check_unseen(
     bundle: Bundle, component: ComponentName, runtime: Runtime, others: Sequence[Check] = ()
 ) -> list[Check]:
-    """What golden outputs do not show: the values inside, and every token.
+    """What golden outputs do not show: the values inside, every timestep, and every token.
 
     others: this component's other checks.
     """
     checks = check_inside(bundle, component, runtime, others)
+    if _can_look_at_timesteps(bundle, component, runtime):
+        checks.append(check_timesteps(bundle, runtime))
     return checks + ([check_vocabulary(bundle, runtime)] if component == "text_encoder" else [])
 
 
@@ -108,16 +112,15 @@ def check_inside(
 ) -> list[Check]:
     """Hold the values inside a component against PyTorch's, and name the first that diverges.
 
-    others: this component's other checks. Where the runtime does not show its values, that is told
-    only if one of them failed; it cannot be told then where.
+    others: this component's other checks. Where the runtime does not show its values, that is told.
     """
     tell = Teller(component, runtime.label)
     wrong = failed(others)
     if not wrong and not can_look_inside(bundle, component, runtime):
         watchable = backends.WATCHABLE.get(runtime.backend, ())
-        if bundle.component(component).format not in watchable:
-            return []
         reason = "its values inside: the bundle was made without taps; convert it again"
+        if bundle.component(component).format not in watchable:
+            reason = f"its values inside: {runtime.backend} does not show them"
         return [tell("inside", "not_run", reason).model_copy(update={"gated": False})]
     figures = taps.measure(bundle, component, runtime)
     if isinstance(figures, NoRun):
@@ -141,6 +144,24 @@ def check_inside(
     reason = f"the first layer that diverges is {taps.tell(first, runtime.arithmetic)}"
     value = finite(first.snr_db)
     return [tell("inside", "fail", reason, value=value, unit="dB", details=details)]
+
+
+def check_timesteps(bundle: Bundle, runtime: Runtime) -> Check:
+    """Hold what the UNet makes of every timestep of the schedules against PyTorch's."""
+    tell = Teller("unet", runtime.label)
+    figures = taps.measure_timesteps(bundle, runtime)
+    if isinstance(figures, NoRun):
+        return tell("timesteps", figures.status, f"every timestep: {figures.reason}")
+    wrong = [(timestep, figure) for timestep, figure in figures if figure.wrong]
+    if not wrong:
+        timesteps = len({timestep for timestep, _ in figures})
+        reason = f"what the resnets make of {timesteps} timesteps is as it was at conversion"
+        return tell("timesteps", "pass", reason)
+    timestep, first = wrong[0]
+    reason = f"at timestep {timestep:g}, {taps.tell(first, runtime.arithmetic)}"
+    details = {"layer": first.tap.layer, "timesteps": sorted({timestep for timestep, _ in wrong})}
+    value = finite(first.snr_db)
+    return tell("timesteps", "fail", reason, value=value, unit="dB", details=details)
 
 
 def check_vocabulary(bundle: Bundle, runtime: Runtime) -> Check:
@@ -182,6 +203,11 @@ def can_look_inside(bundle: Bundle, component: ComponentName, runtime: Runtime) 
     return here and component in bundle.manifest.golden.taps
 
 
+def _can_look_at_timesteps(bundle: Bundle, component: ComponentName, runtime: Runtime) -> bool:
+    looks = component == "unet" and can_look_inside(bundle, component, runtime)
+    return looks and bundle.manifest.golden.timesteps is not None
+
+
 def _same_function(
     tell: Teller,
     bundle: Bundle,
@@ -191,14 +217,26 @@ def _same_function(
     outputs: Sequence[Arrays],
 ) -> Check:
     gates = bundle.manifest.gates
+    had_db = _had_db(bundle, component, runtime)
     if not bundle.quantized_layers(component) or gates.layer_snr_db is None:
-        return _figures(tell, "same_function", cases, outputs, runtime.gate_db(gates))
-    check = _figures(tell, "same_function", cases, outputs, QUANTIZED_SNR_DB)
+        gate_db = runtime.gate_db(gates)
+        gate_db = gate_db if gate_db is None or had_db is None else max(gate_db, had_db)
+        return _figures(tell, "same_function", cases, outputs, gate_db)
+    gate_db = max(QUANTIZED_SNR_DB, had_db or 0.0)
+    check = _figures(tell, "same_function", cases, outputs, gate_db)
     why = (
         "a low gate, because integer kernels round some quantized activations to the next step and "
         "depth amplifies that; layers and pictures have gates of their own"
     )
     return check.model_copy(update={"reason": f"{check.reason}; {why}"})
+
+
+def _had_db(bundle: Bundle, component: str, runtime: Runtime) -> float | None:
+    """What the outputs must have where they were made: nobody can look at the inside there."""
+    known = bundle.component(component).at_conversion
+    if known is None or runtime.device or known.made_on != taps.this_machine(runtime.backend):
+        return None
+    return known.snr_db - taps.SAME_MACHINE_DB
 
 
 def _figures(

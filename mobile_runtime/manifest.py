@@ -79,6 +79,13 @@ class TensorSpec(Strict):
         return self
 
 
+class AtConversion(Strict):
+    """What a model gave on the machine that made it, where nobody can look at its inside."""
+
+    snr_db: float = Field(description="the worst golden case's, against PyTorch after the stages")
+    made_on: str = Field(description="the processor and the runtime (mobile_runtime/taps.py)")
+
+
 class ComponentEntry(Strict):
     """One model of the bundle: its file, its tensors, and what it costs."""
 
@@ -91,6 +98,7 @@ class ComponentEntry(Strict):
     parameters: NonNegativeInt
     macs: NonNegativeInt = Field(description="multiply-adds of one call")
     bytes: PositiveInt = Field(lt=2**63, description="the model's files, weights included")
+    at_conversion: AtConversion | None = None
     details: dict[str, Any] = Field(
         default_factory=dict,
         description="what the target adds: opset, deployment target, delegate calls, ...",
@@ -222,6 +230,9 @@ class Golden(Strict):
     )
     vocabulary: RelativePath | None = Field(
         default=None, description="every token's ids and embedding (mobile_runtime/vocabulary.py)"
+    )
+    timesteps: RelativePath | None = Field(
+        default=None, description="what the UNet makes of every timestep (mobile_runtime/taps.py)"
     )
 
     @model_validator(mode="after")

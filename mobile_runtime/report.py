@@ -34,6 +34,7 @@ Kind = Literal[
     "layers_at_conversion",  # quantized layers on the same inputs; recorded, not measured again
     "layers",  # quantized layers alone, on a device and here, on the same inputs
     "inside",  # every value inside, against PyTorch's; it names the first layer that diverges
+    "timesteps",  # every timestep of the schedules: what the UNet's resnets make of it
     "vocabulary",  # every token: words to ids, and ids to rows of the embedding
     "tokens",  # prompt to ids
     "noise",  # seed to noise
@@ -170,7 +171,8 @@ def conclude(checks: tuple[Check, ...]) -> tuple[Verdict, str]:
 
 def _place_inside(failed: Check, gated: Sequence[Check]) -> str:
     """Where inside the component that failed, if that was found; else where inside any."""
-    found = [check for check in gated if check.kind == "inside" and check.status == "fail"]
+    kinds = ("inside", "timesteps")
+    found = [check for check in gated if check.kind in kinds and check.status == "fail"]
     mine = [c for c in found if (c.component, c.runtime) == (failed.component, failed.runtime)]
     return "".join(f"; {check.reason}" for check in (mine or found)[:1] if check is not failed)
 

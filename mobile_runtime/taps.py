@@ -5,11 +5,14 @@ is kept in PyTorch as a sketch of 64 numbers, and the final file's own value of 
 is held against it. What lies in `golden/COMPONENT.taps.safetensors` is the sketches, and for each
 of these taps the layer's module path, the operator, the value's name in the file, and the SNR that
 it had. Here the file is run again, and the first tap that is clearly worse is the layer to look at.
+
+Golden cases have a few of a schedule's timesteps. So what the UNet's resnets make of each timestep
+is kept alike in `golden/timesteps.safetensors`: of these layers alone, at every timestep.
 """
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from mobile_runtime.sketches import SKETCH_SIZE, sketch, sketch_snr_db
 
 # Attention scores at a large size would take long and tell nothing that their use does not.
 MAX_ELEMENTS = 2**24
+TIMESTEPS_PATH = "golden/timesteps.safetensors"
 # A tap diverges where it is so far below what it had at conversion, and it is wrong, so that the
 # component fails, where it is further below. Figures above the ceiling are rounding's last bits,
 # which another processor turns otherwise; under quantized activations a turned bit is a whole step
@@ -60,11 +64,13 @@ class Taps:
     """A component's taps in the order of execution.
 
     sketches: PyTorch's, (T, 64) float32. made_on: the machine and the runtime of the conversion.
+    timesteps: where there are any, the taps are those of the first, then of the second, ...
     """
 
     taps: tuple[Tap, ...]
     sketches: np.ndarray
     made_on: str
+    timesteps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,10 @@ def write(taps: Taps, path: Path) -> None:
     """Keep taps; the sketches as a tensor, the rest as JSON in the file's metadata."""
     told = json.dumps([asdict(tap) for tap in taps.taps])
     metadata = {"taps": told, "made_on": taps.made_on}
-    save_file({"sketches": np.ascontiguousarray(taps.sketches)}, path, metadata)
+    tensors = {"sketches": np.ascontiguousarray(taps.sketches, np.float32)}
+    if taps.timesteps:
+        tensors["timesteps"] = np.array(taps.timesteps, np.float32)
+    save_file(tensors, path, metadata)
 
 
 def this_machine(backend: str) -> str:
@@ -110,6 +119,8 @@ def open_taps(path: Path) -> Taps:
     try:
         with safe_open(path, "numpy") as file:
             metadata, sketches = file.metadata() or {}, file.get_tensor("sketches")
+            there = "timesteps" in file.keys()  # noqa: SIM118
+            timesteps = tuple(file.get_tensor("timesteps").tolist()) if there else ()
         taps = TypeAdapter(tuple[Tap, ...]).validate_json(metadata["taps"])
         made_on = metadata["made_on"]
     except (KeyError, OSError, SafetensorError, ValidationError) as error:
@@ -118,7 +129,9 @@ def open_taps(path: Path) -> Taps:
         raise BundleError(f"{path} holds no taps; make the bundle again")
     if sketches.shape != (len(taps), SKETCH_SIZE):
         raise BundleError(f"{path} has {len(taps)} taps and sketches of shape {sketches.shape}")
-    return Taps(taps, sketches, made_on)
+    if timesteps and len(taps) % len(timesteps):
+        raise BundleError(f"{path} has {len(taps)} taps of {len(timesteps)} timesteps")
+    return Taps(taps, sketches, made_on, timesteps)
 
 
 def measure(
@@ -131,7 +144,8 @@ def measure(
         return NoRun("not_run", reason)
     if taps is None:
         return NoRun("not_run", "the bundle was made without taps; convert it again")
-    try:
+
+    def look() -> list[np.ndarray | None]:
         seen = watch(
             bundle.file(entry.path),
             runtime.backend,
@@ -140,14 +154,54 @@ def measure(
             [spec.name for spec in entry.outputs],
             runtime.options,
         )
+        return [seen.get(tap.value) for tap in taps.taps]
+
+    return _held(bundle, component, runtime, taps, look)
+
+
+def measure_timesteps(bundle: Bundle, runtime: Runtime) -> list[tuple[float, TapFigure]] | NoRun:
+    """What the UNet makes of every timestep, held against PyTorch's; with the timestep."""
+    entry, relative = bundle.component("unet"), bundle.manifest.golden.timesteps
+    if relative is None:
+        return NoRun("not_run", "the bundle was made without its timesteps; convert it again")
+    taps = open_taps(bundle.file(relative))
+    if not taps.timesteps:
+        raise BundleError(f"{relative} holds no timesteps; make the bundle again")
+    first = golden_cases(bundle, "unet")[0].inputs
+    cases = [first | {"timestep": np.full_like(first["timestep"], t)} for t in taps.timesteps]
+    each = len(taps.taps) // len(cases)
+    names = list(dict.fromkeys(tap.value for tap in taps.taps))
+
+    def look() -> list[np.ndarray | None]:
+        path = bundle.file(entry.path)
+        rows = backends.some_values(path, runtime.backend, names, cases, **runtime.options)
+        found = [{name: sketch(value) for name, value in row.items()} for row in rows]
+        return [found[k // each][tap.value] for k, tap in enumerate(taps.taps)]
+
+    figures = _held(bundle, "unet", runtime, taps, look)
+    if isinstance(figures, NoRun):
+        return figures
+    return [(taps.timesteps[k // each], figure) for k, figure in enumerate(figures)]
+
+
+def _held(
+    bundle: Bundle,
+    component: ComponentName,
+    runtime: Runtime,
+    taps: Taps,
+    look: Callable[[], Sequence[np.ndarray | None]],
+) -> tuple[TapFigure, ...] | NoRun:
+    """The figures of the sketches that `look` finds: each tap's, or None where there is none."""
+    try:
+        seen = look()
     except UserError as error:
         return NoRun("not_run", str(error))
     except Exception as error:  # the runtimes' own errors share no class
         return NoRun("fail", f"the values inside cannot be looked at: {brief(error)}")
     bounds = _bounds(bundle, component, taps.made_on == this_machine(runtime.backend))
     return tuple(
-        _figure(tap, reference, seen.get(tap.value), runtime.arithmetic, bounds)
-        for tap, reference in zip(taps.taps, taps.sketches, strict=True)
+        _figure(tap, reference, given, runtime.arithmetic, bounds)
+        for tap, reference, given in zip(taps.taps, taps.sketches, seen, strict=True)
     )
 
 

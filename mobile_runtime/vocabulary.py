@@ -174,8 +174,8 @@ def measure(
     try:
         if name is not None and looked_up:
             path = bundle.file(entry.path)
-            values = backends.one_value(path, runtime.backend, name, cases, **runtime.options)
-            given, wanted = [sketch(value) for value in values], vocabulary.sketches
+            values = backends.some_values(path, runtime.backend, [name], cases, **runtime.options)
+            given, wanted = [sketch(value[name]) for value in values], vocabulary.sketches
         else:
             run = backends.load(bundle, entry.name, backend=runtime.backend, **runtime.options)
             given = [sketch(run(case)[entry.outputs[0].name]) for case in cases]

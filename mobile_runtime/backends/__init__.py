@@ -103,15 +103,15 @@ def watch(
     module.watch(path, feeds, wanted, outputs, observe, **options)
 
 
-def one_value(
-    path: Path, backend: str, name: str, cases: Iterable[Arrays], **options: Any
-) -> Iterator[np.ndarray]:
-    """One value inside a model of a WATCHABLE format, for each of the cases that it is fed.
+def some_values(
+    path: Path, backend: str, names: Sequence[str], cases: Iterable[Arrays], **options: Any
+) -> Iterator[Arrays]:
+    """Some values inside a model of a WATCHABLE format, for each of the cases that it is fed.
 
-    Only what the value needs is computed. options: as of `load`.
+    Only what the values need is computed. options: as of `load`.
     """
     module = importlib.import_module(BACKENDS[backend])
-    found: Iterator[np.ndarray] = module.one_value(path, name, cases, **options)
+    found: Iterator[Arrays] = module.some_values(path, names, cases, **options)
     return found
 
 

@@ -22,18 +22,20 @@ WHOLE_CALL = "Method::execute"
 def load(bundle: "Bundle", component: str) -> Runner:
     """Load a component's `forward`; inputs go in the manifest's order."""
     entry = bundle.component(component)
-    _, method = _open(bundle.file(entry.path))
     input_names = [spec.name for spec in entry.inputs]
-    output_names = [spec.name for spec in entry.outputs]
+    return load_file(bundle.file(entry.path), input_names, [spec.name for spec in entry.outputs])
+
+
+def load_file(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> Runner:
+    """Load a `.pte` file's `forward`, whose inputs and outputs have these names, in this order."""
+    _, method = _open(path)
     import torch
 
     def run(feeds: Arrays) -> Arrays:
-        tensors = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in input_names]
-        outputs = method.execute(tensors)
+        tensors = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in inputs]
+        given = method.execute(tensors)
         # The runtime reuses its output memory at the next call.
-        return {
-            name: output.numpy().copy() for name, output in zip(output_names, outputs, strict=True)
-        }
+        return {name: one.numpy().copy() for name, one in zip(outputs, given, strict=True)}
 
     return run
 

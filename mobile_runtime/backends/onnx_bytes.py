@@ -18,8 +18,8 @@ def more_outputs(names: Sequence[str]) -> bytes:
     return _field(GRAPH, b"".join(_output(name) for name in names))
 
 
-def cut(model: bytes, name: str) -> bytes:
-    """The model as far as it takes to compute one of its values, which is then its only output.
+def cut(model: bytes, names: Sequence[str]) -> bytes:
+    """The model as far as it takes to compute some of its values, which are then its outputs.
 
     Raises ValueError for bytes that are no model.
     """
@@ -33,12 +33,12 @@ def cut(model: bytes, name: str) -> bytes:
                 nodes.append((entry, _names(part, NODE_INPUT), _names(part, NODE_OUTPUT)))
             elif own != OUTPUT:
                 inside.append(entry)
-    needed, kept = {name}, []
+    needed, kept = set(names), []
     for entry, inputs, outputs in reversed(nodes):
         if not needed.isdisjoint(outputs):
             needed |= inputs
             kept.append(entry)
-    graph = b"".join([*reversed(kept), *inside, _output(name)])
+    graph = b"".join([*reversed(kept), *inside, *map(_output, names)])
     return b"".join([*outside, _field(GRAPH, graph)])
 
 

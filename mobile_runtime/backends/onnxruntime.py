@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from pydantic import Field
 
 from mobile_runtime.backends import Arrays, Observer, Profiled, Runner, onnx_bytes
@@ -55,7 +54,17 @@ def load(
             f"{bundle.path} tells apps the session options {told} for {component}, and it computes "
             f"what was validated with {EXACT_SESSION}; make it again"
         )
-    path = bundle.file(entry.path)
+    return load_file(bundle.file(entry.path), exact=exact, providers=providers, threads=threads)
+
+
+def load_file(
+    path: Path,
+    *,
+    exact: bool = True,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    threads: int = 0,
+) -> Runner:
+    """Load an `.onnx` or `.ort` file; options as of `load`."""
     session = _session(path, _session_options(exact, threads), providers)
     names = [output.name for output in session.get_outputs()]
 
@@ -92,21 +101,21 @@ def watch(
             observe(name, value)
 
 
-def one_value(
+def some_values(
     path: Path,
-    name: str,
+    names: Sequence[str],
     cases: Iterable[Arrays],
     *,
     exact: bool = True,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     threads: int = 0,
-) -> Iterator[np.ndarray]:
-    """One value inside an `.onnx` file for each case; only what it needs is computed."""
+) -> Iterator[Arrays]:
+    """Values inside an `.onnx` file for each case; only what they need is computed."""
     options = _session_options(exact, threads)
     _weights_beside(options, path)
-    session = _session(path, options, providers, onnx_bytes.cut(path.read_bytes(), name))
+    session = _session(path, options, providers, onnx_bytes.cut(path.read_bytes(), names))
     for feeds in cases:
-        yield session.run([name], feeds)[0]
+        yield dict(zip(names, session.run(list(names), feeds), strict=True))
 
 
 def profile(

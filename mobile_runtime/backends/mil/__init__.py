@@ -11,7 +11,7 @@ What the two arithmetics mean is told in `values`, what the operations compute i
 """
 
 import importlib.util
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,14 +90,14 @@ def watch(
     Program.open(path).run(feeds, arithmetic=arithmetic, observe=look)
 
 
-def one_value(
+def some_values(
     path: Path,
-    name: str,
+    names: Sequence[str],
     cases: Iterable[dict[str, np.ndarray]],
     *,
     arithmetic: Arithmetic = "float32",
-) -> Iterator[np.ndarray]:
-    """One value of an `.mlpackage` for each case; only what it needs is computed."""
+) -> Iterator[dict[str, np.ndarray]]:
+    """Values of an `.mlpackage` for each case; only what they need is computed."""
     program = Program.open(path)
     for feeds in cases:
-        yield program.run(feeds, arithmetic=arithmetic, outputs=[name])[name]
+        yield program.run(feeds, arithmetic=arithmetic, outputs=names)
