@@ -30,10 +30,14 @@ from mobile_runtime.on_devices import Asked, validate_on
 from mobile_runtime.report import Check, Report
 from tests.benchmarks.machine import describe
 from tests.converters.small import make_small_pipeline
-from tests.damages import Damage, damaged
+from tests.damages import Damage, damaged, on_weight
 from tests.test_mutations import DAMAGES, PACKAGE_DAMAGES, RECIPE, checked
+from tests.test_unseen_damage import LAYER, scaled_column, slightly_wrong, small_recipe
 
 Checked = Callable[[Path], Report]
+FOLDED = [
+    Damage("a timestep's row a hundredth too large", on_weight(LAYER, scaled_column(2)), LAYER)
+]
 
 
 def main() -> int:
@@ -75,6 +79,17 @@ def _small(folder: Path, seed: int) -> str:
     return str(folder / "small.yaml")
 
 
+def _other(folder: Path, steps: int) -> str:
+    """The recipe of a small float pipeline; of nine steps, with its time path folded."""
+    folder.mkdir()
+    return str(small_recipe(folder, steps, "{fold: {}}" if steps == 9 else ""))
+
+
+def _hidden(folder: Path) -> list[Damage]:
+    """What is above every gate, in a file that does not show its inside."""
+    return [Damage("a bias a two-thousandth too large", slightly_wrong(folder / "model"))]
+
+
 def _fits(damage: Damage, bundle: Bundle) -> bool:
     """Whether a damage changes what this bundle computes, at a layer that the target has kept."""
     if "guidance" in damage.name and bundle.manifest.generation.guidance_scale <= 1:
@@ -93,6 +108,8 @@ def _damages(folder: Path, judge: Checked) -> int:
     rows: list[tuple[str, Target, str, list[Damage]]] = [
         ("small, ONNX", "onnx", _small(folder / "small-onnx", 0), DAMAGES),
         ("small, Core ML", "coreml", _small(folder / "small-coreml", 0), PACKAGE_DAMAGES),
+        ("small with nine folded timesteps, ONNX", "onnx", _other(folder / "folded", 9), FOLDED),
+        ("small, ExecuTorch", "executorch", _other(folder / "et", 2), _hidden(folder / "et")),
         ("pocket_turbo_int8, ONNX", "onnx", "pocket_turbo_int8", DAMAGES),
         ("pocket_turbo_w8a8, ONNX", "onnx", "pocket_turbo_w8a8", DAMAGES),
     ]
@@ -115,9 +132,10 @@ def _damages(folder: Path, judge: Checked) -> int:
 def _told(report: Report) -> tuple[str | None, list[Check]]:
     """The layer that a report names first, and the other checks that failed."""
     failed = [check for check in report.checks if check.gated and check.status == "fail"]
-    named = [check for check in failed if check.kind == "inside"]
+    kinds = ("inside", "timesteps")
+    named = [check for check in failed if check.kind in kinds]
     layer = named[0].details["layer"] if named else None
-    return layer, [check for check in failed if check.kind != "inside"]
+    return layer, [check for check in failed if check.kind not in kinds]
 
 
 def _undamaged(folder: Path, seeds: int, judge: Checked) -> int:

@@ -18,6 +18,7 @@ from mobile_runtime.backends import mil
 from mobile_runtime.backends.mil import Program
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError, UserError
+from mobile_runtime.manifest import TensorSpec
 from tests.mobile_runtime.mil_programs import coremltools, normal, quiet, write_program
 
 HALF = np.zeros((2, 8), np.float16)
@@ -271,7 +272,17 @@ def test_damaged_packages_are_told_in_one_sentence(package: Path) -> None:
 
 
 def make_bundle(package: Path, file_format: str = "mlpackage") -> Bundle:
-    entry = SimpleNamespace(path=package.name, format=file_format)
+    entry = SimpleNamespace(
+        path=package.name,
+        format=file_format,
+        inputs=[
+            TensorSpec(name="x", shape=(1, 3, 5, 5), dtype="float32", layout="NCHW", description="")
+        ],
+        outputs=[
+            TensorSpec(name="y", shape=(1, 4, 5, 5), dtype="float32", layout="NCHW", description="")
+        ],
+        details={},
+    )
     manifest: Any = SimpleNamespace(component=lambda name: entry)
     return Bundle(package.parent, manifest, "")
 
