@@ -133,7 +133,7 @@ def _told(report: Report) -> tuple[str | None, list[Check]]:
     """The layer that a report names first, and the other checks that failed."""
     failed = [check for check in report.checks if check.gated and check.status == "fail"]
     kinds = ("inside", "timesteps")
-    named = [check for check in failed if check.kind in kinds]
+    named = [check for check in failed if check.kind in kinds and "layer" in check.details]
     layer = named[0].details["layer"] if named else None
     return layer, [check for check in failed if check.kind not in kinds]
 
