@@ -54,7 +54,11 @@ def validate(
         for problem in problems:
             location = problem["loc"]
             # What fails only because a part of it was set aside is no fault of its own.
-            if not location or not any(known[: len(location)] == location for known in aside):
+            if not location:
+                # What does not fit a value that was set aside is no fault of its own either.
+                keys = tuple(f"{'.'.join(map(str, known))}:" for known in aside)
+                faults += [s for s in _sentences(model, problem) if not s.startswith(keys)]
+            elif not any(known[: len(location)] == location for known in aside):
                 faults += _sentences(model, problem)
             changed |= _set_aside(data, location, stand_ins)
             aside.append(location)

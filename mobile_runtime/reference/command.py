@@ -45,6 +45,7 @@ KEPT = "ablation.json"
 TABLES = (KEPT, "ablation.md", "ablation.html")
 SHEET = "contact_sheet.png"
 STRENGTH = 0.8
+MOST_COMPARED = 1000
 
 
 def main(argv: list[str]) -> int:
@@ -161,7 +162,7 @@ def _chosen(
     """The settings that the options ask for; what is missing is told on stderr, line by line."""
     for name in (*args.on, *args.off):
         named(name)
-    wanted = [*(fast_names(machine) if args.fast else ()), *args.on]
+    wanted = [*(fast_names(machine) if args.fast else ()), *args.on]  # what is missing is told
     if args.tiny_decoder and "tiny_decoder" not in wanted:
         wanted.append("tiny_decoder")
     wanted = [name for name in dict.fromkeys(wanted) if name not in args.off]
@@ -247,8 +248,8 @@ def bench(args: argparse.Namespace) -> int:
 
     if args.rounds < 2:
         raise UserError(f"--rounds {args.rounds} should be 2 or more")
-    if args.compared < 1:
-        raise UserError(f"--compared {args.compared} should be 1 or more")
+    if not 1 <= args.compared <= MOST_COMPARED:
+        raise UserError(f"--compared {args.compared} should be from 1 to {MOST_COMPARED}")
     if args.judged < 0:
         raise UserError(f"--judged {args.judged} should be 0 or more")
     if args.rows and not args.ablation:

@@ -11,21 +11,25 @@ from typing import Any
 STRIDE = 2
 
 
-def merging(x: Any, size: tuple[int, int], share: float) -> tuple[Callable[..., Any], ...]:
+def places(size: tuple[int, int], device: Any) -> tuple[Any, Any]:
+    """Which tokens of (h, w) are partners, and which are not: their numbers, on the device."""
+    import torch
+
+    rows, columns = range(0, size[0], STRIDE), range(0, size[1], STRIDE)
+    kept = [row * size[1] + column for row in rows for column in columns]
+    left = sorted(set(range(size[0] * size[1])) - set(kept))
+    return torch.tensor(kept, device=device), torch.tensor(left, device=device)
+
+
+def merging(x: Any, partners: Any, others: Any, share: float) -> tuple[Callable[..., Any], ...]:
     """Two functions of tokens (B, h * w, C): to fewer of them, and back to all.
 
-    x: the tokens whose likeness decides. size: (h, w). share: of the tokens to leave out, at most
-    the 3/4 that are no partners.
+    x: the tokens whose likeness decides. partners, others: of `places`. share: of the tokens to
+    leave out, at most the 3/4 that are no partners.
     """
     import torch
 
     batch, count, _ = x.shape
-    # By Python: places of a size that a compiler knows.
-    rows_, columns = range(0, size[0], STRIDE), range(0, size[1], STRIDE)
-    kept_places = [row * size[1] + column for row in rows_ for column in columns]
-    left_places = sorted(set(range(count)) - set(kept_places))
-    partners = torch.tensor(kept_places, device=x.device)
-    others = torch.tensor(left_places, device=x.device)
     leave = min(int(share * count), len(others))
     unit = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     alike, partner = (unit[:, others] @ unit[:, partners].transpose(1, 2)).max(dim=-1)
@@ -59,26 +63,30 @@ def merging(x: Any, size: tuple[int, int], share: float) -> tuple[Callable[..., 
 class MergedAttention:
     """An attention processor of diffusers: the module's own, between merging and its undoing."""
 
-    def __init__(self, own: Any, size: tuple[int, int], share: float) -> None:
-        self.own, self.size, self.share = own, size, share
+    def __init__(self, own: Any, partners: Any, others: Any, share: float) -> None:
+        self.own, self.partners, self.others, self.share = own, partners, others, share
 
     def __call__(
         self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, **rest: Any
     ) -> Any:
         """Self-attention of (B, h * w, C) on fewer tokens."""
-        fewer, back = merging(hidden_states, self.size, self.share)
+        fewer, back = merging(hidden_states, self.partners, self.others, self.share)
         return back(self.own(attn, fewer(hidden_states), encoder_hidden_states, **rest))
 
 
 def merge_tokens(unet: Any, size: tuple[int, int], share: float) -> int:
     """Put merging around the self-attentions at the latents' own size; how many there were.
 
-    size: (h, w) of the latents.
+    unet: on its device. size: (h, w) of the latents.
     """
+    # Once: made at each call, they would be copied to the device at each.
+    partners, others = places(size, unet.device)
     changed = 0
     for block in (unet.down_blocks[0], unet.up_blocks[-1]):
         for transformer in getattr(block, "attentions", None) or ():
             for inner in transformer.transformer_blocks:
-                inner.attn1.set_processor(MergedAttention(inner.attn1.processor, size, share))
+                inner.attn1.set_processor(
+                    MergedAttention(inner.attn1.processor, partners, others, share)
+                )
                 changed += 1
     return changed

@@ -62,13 +62,6 @@ def prepare(parts: Parts, settings: Settings, machine: Machine) -> Models:
             _drop_unfused(unet)
         if settings.attention == "xformers":
             unet.enable_xformers_memory_efficient_attention()
-        if settings.merged_tokens:
-            size = parts.generation.latent_height, parts.generation.latent_width
-            if min(size) < 2 or not merge_tokens(unet, size, settings.merged_tokens):
-                raise UserError(
-                    f"the UNet of {parts.name} has no self-attention at the latents' own size; "
-                    "leave out the switch merged_tokens"
-                )
         if settings.deep_cache > 1 and (told := DeepCache.missing(unet)):
             raise UserError(f"{told}; leave out the switch deep_cache")
         if settings.tiny_decoder is not None and hasattr(parts.vae, "quant_conv"):
@@ -78,6 +71,13 @@ def prepare(parts: Parts, settings: Settings, machine: Machine) -> Models:
         dtype = getattr(torch, settings.precision)
         for module in modules.values():
             module.to(machine.device, dtype)
+        if settings.merged_tokens:
+            size = parts.generation.latent_height, parts.generation.latent_width
+            if min(size) < 2 or not merge_tokens(unet, size, settings.merged_tokens):
+                raise UserError(
+                    f"the UNet of {parts.name} has no self-attention at the latents' own size; "
+                    "leave out the switch merged_tokens"
+                )
         if settings.float_norms and settings.precision != "float32":
             for module in modules.values():
                 _float_norms(module)
@@ -117,7 +117,8 @@ def _float_norms(module: Any) -> None:
 def _quantize(unet: Any) -> None:
     """Linear layers to INT8 weights with dynamic INT8 activations, by torchao.
 
-    But for those of the time, which see one row a picture: CUDA's INT8 product needs more than 16.
+    But for those of the time, which see one row a picture: CUDA's INT8 product needs more than 16
+    rows, and torchao computes others in float32 (the embedded model has some; SD at 512 none).
     """
     from torch import nn
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_

@@ -8,6 +8,7 @@ whose distance to that can be measured.
 import math
 import numbers
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,10 @@ from mobile_runtime.reference.parts import Parts, opener
 from mobile_runtime.reference.switches import (
     EXACT,
     Settings,
+    asked_of,
     fast_names,
     machine_of,
+    missing,
     settings_of,
 )
 from mobile_runtime.sampler import needs_fresh_noise, sample
@@ -60,6 +63,8 @@ class ReferencePipeline:
         """
         self.parts, self.settings = parts, settings
         self.machine = machine_of(device)
+        for name, why in missing(asked_of(settings), self.machine).items():
+            raise UserError(f"{name}: {why}, or leave it out of the settings")
         self._prompts: OrderedDict[str, Any] = OrderedDict()
         self._timesteps: dict[float, Any] = {}
         with told_memory(settings, self.machine.device):
@@ -76,10 +81,14 @@ class ReferencePipeline:
     ) -> "ReferencePipeline":
         """Open a recipe's source, after its float stages; changes: dotted keys to values.
 
-        fast: with every switch that keeps the picture and that the machine has.
+        fast: with every switch that keeps the picture; a warning tells what the machine lacks.
         """
         machine = machine_of(device)
-        settings = settings_of(fast_names(machine), machine) if fast else EXACT
+        names = fast_names(machine) if fast else ()
+        lacks = missing(names, machine)
+        for name, why in lacks.items():
+            warnings.warn(f"left out: {name}: {why}", stacklevel=2)
+        settings = settings_of([name for name in names if name not in lacks], machine)
         return cls(opener().open_named(recipe, changes or {}), settings, device)
 
     def encode(self, texts: Sequence[str]) -> Any:
@@ -118,10 +127,10 @@ class ReferencePipeline:
         steps: int | None = None,
         scheduler: str | None = None,
         guidance_scale: float | None = None,
-        prompt_embeds: np.ndarray | None = None,
+        prompt_embeds: Any = None,
         noise: np.ndarray | None = None,
         fresh_noise: np.ndarray | None = None,
-        image: np.ndarray | None = None,
+        image: Any = None,
         strength: float = 0.8,
         on_step: OnStep | None = None,
     ) -> Drawn:
@@ -130,9 +139,10 @@ class ReferencePipeline:
         negative_prompt, steps, guidance_scale: None takes the parts' own; guidance of 1 or less is
         none. scheduler: its short name; None is the pipeline's own. seed: of the first picture, the
         next ones count on; or one each. prompt_embeds: (N, L, D), or (2N, L, D) with guidance, the
-        negative ones first, in place of the prompts' own. noise (N, C, h, w) and fresh_noise
-        (steps, N, C, h, w), unit normal float32, replace the seeds'. image: (H, W, 3) or
-        (N, H, W, 3) uint8, to start from; strength: the share of the steps that are then run.
+        negative ones first, in place of the prompts' own; an array, or a tensor as `encode` gives.
+        noise (N, C, h, w) and fresh_noise (steps, N, C, h, w), unit normal float32, replace the
+        seeds'. image: to start from, (H, W, 3) or (N, H, W, 3) uint8, or PIL's; strength: the share
+        of the steps that are then run.
         on_step(k, n, latents on the device) is told after each of the n steps.
         Raises UserError for what cannot be asked, GateError for a picture that is no numbers, and
         MemoryUsedUpError.
@@ -145,8 +155,10 @@ class ReferencePipeline:
             raise UserError(f"a prompt is text, and {other[0]!r} is none")
         if steps is not None and not isinstance(steps, numbers.Integral):
             raise UserError(f"steps {steps!r} is no whole number")
-        if guidance_scale is not None and not math.isfinite(guidance_scale):
-            raise UserError(f"a guidance scale of {guidance_scale} is no number to guide by")
+        if negative_prompt is not None and not isinstance(negative_prompt, str):
+            raise UserError(f"the negative prompt is one text for all, and no {negative_prompt!r}")
+        if guidance_scale is not None and not _is_number(guidance_scale):
+            raise UserError(f"a guidance scale of {guidance_scale!r} is no number to guide by")
         table = self._table(steps, scheduler)
         own = self.parts.generation
         scale = own.guidance_scale if guidance_scale is None else guidance_scale
@@ -169,24 +181,22 @@ class ReferencePipeline:
         wanted = self.parts.generation.default_steps if steps is None else steps
         return self.parts.schedule(wanted, scheduler)
 
-    def _states(
-        self, texts: list[str], negative: str | None, scale: float, given: np.ndarray | None
-    ) -> Any:
+    def _states(self, texts: list[str], negative: str | None, scale: float, embeds: Any) -> Any:
         """Embeddings for the UNet's calls: (N, L, D), or with guidance (2N, L, D)."""
         import torch
 
-        if given is not None:
+        if embeds is not None:
+            given = embeds.detach() if isinstance(embeds, torch.Tensor) else _tensor(embeds)
             rows = len(texts) * (2 if scale > 1 else 1)
             width = self.parts.unet.config.cross_attention_dim
             if given.ndim != 3 or len(given) != rows or given.shape[2] != width:
                 raise UserError(
-                    f"prompt_embeds has shape {given.shape}; {len(texts)} prompts need {rows} rows "
-                    f"of (L, {width})"
+                    f"prompt_embeds has shape {tuple(given.shape)}; {len(texts)} prompts need "
+                    f"{rows} rows of (L, {width})"
                 )
-            if not np.isfinite(given).all():
+            if not torch.isfinite(given).all():
                 raise UserError("prompt_embeds holds values that are not finite")
-            dtype = getattr(torch, self.settings.precision)
-            return torch.from_numpy(given).to(self.machine.device, dtype)
+            return given.to(self.machine.device, getattr(torch, self.settings.precision))
         unsaid = self.parts.generation.negative_prompt if negative is None else negative
         return self.encode([*([unsaid] * len(texts) if scale > 1 else []), *texts])
 
@@ -199,7 +209,6 @@ class ReferencePipeline:
         fresh_noise: np.ndarray | None,
     ) -> tuple[Any, Any]:
         """The first noise, and that of each step where the table adds any, on the device."""
-        import torch
 
         if noise is None or (fresh_noise is None and needs_fresh_noise(table)):
             own, own_fresh = noise_of(seeds, table, shape)
@@ -209,22 +218,24 @@ class ReferencePipeline:
         fresh = None
         if fresh_noise is not None and needs_fresh_noise(table):
             _check_noise("fresh_noise", fresh_noise, (table.steps, *shape))
-            fresh = torch.from_numpy(fresh_noise).to(self.machine.device)
-        return torch.from_numpy(noise).to(self.machine.device), fresh
+            fresh = _tensor(fresh_noise).to(self.machine.device)
+        return _tensor(noise).to(self.machine.device), fresh
 
     def _start_from(
-        self, image: np.ndarray, strength: float, table: ScheduleTable, noise: Any
+        self, image: Any, strength: float, table: ScheduleTable, noise: Any
     ) -> tuple[ScheduleTable, Any]:
         """The table's last rows, and the picture's latents with the noise of the first of them."""
         import torch
 
-        own = self.parts.generation
+        image, own = np.asarray(image), self.parts.generation
         if self.models.encode_picture is None:
             raise UserError(
                 f"{self.parts.name} has a decoder without an encoder, so no picture can be taken; "
                 "leave out the image"
             )
         images = image[None] if image.ndim == 3 else image
+        if images.ndim != 4:
+            raise UserError(f"the image has shape {image.shape}; it has to be (H, W, 3)")
         if len(images) not in (1, len(noise)):
             raise UserError(f"{len(images)} images for {len(noise)} prompts; give one, or one each")
         if images.dtype != np.uint8 or images.shape[1:] != (own.height, own.width, 3):
@@ -233,7 +244,7 @@ class ReferencePipeline:
                 f"({own.height}, {own.width}, 3); resize it"
             )
         rest = cut_table(table, strength)
-        pixels = torch.from_numpy(images).to(self.machine.device)
+        pixels = _tensor(images).to(self.machine.device)
         dtype = getattr(torch, self.settings.precision)
         with models.arithmetic(self.settings, self.machine):
             scaled = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(dtype)
@@ -318,8 +329,8 @@ def cut_table(table: ScheduleTable, strength: float) -> ScheduleTable:
     A multi-step row that loses the one before it becomes first-order, as diffusers' schedulers
     begin. Raises UserError where no step would be left.
     """
-    if not 0 < strength <= 1:
-        raise UserError(f"strength {strength:g} is out of range; take one above 0, up to 1")
+    if not _is_number(strength) or not 0 < strength <= 1:
+        raise UserError(f"strength {strength!r} is out of range; take one above 0, up to 1")
     count = min(int(table.steps * strength), table.steps)
     if count == 0:
         raise UserError(
@@ -378,7 +389,20 @@ def _seeds(seed: Any, count: int) -> list[int]:
         raise UserError(f"seed {seed!r} is no whole number, nor a list of them")
     if len(seed) != count:
         raise UserError(f"{len(seed)} seeds for {count} prompts; give one each")
+    if other := [each for each in seed if not isinstance(each, numbers.Integral)]:
+        raise UserError(f"seed {other[0]!r} is no whole number")
     return [int(each) for each in seed]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _tensor(array: np.ndarray) -> Any:
+    """On the CPU. PyTorch takes no array that is read backwards, nor one that is only read."""
+    import torch
+
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _check_noise(name: str, noise: np.ndarray, shape: tuple[int, ...]) -> None:

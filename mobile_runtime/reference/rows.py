@@ -7,7 +7,7 @@ from typing import Literal
 from mobile_runtime.errors import UserError
 from mobile_runtime.reference.deep_cache import DeepCache
 from mobile_runtime.reference.parts import Parts
-from mobile_runtime.reference.switches import SWITCHES, Machine, fast_names, missing
+from mobile_runtime.reference.switches import SWITCHES, Machine, missing
 
 Kind = Literal["yardstick", "cumulative", "alone", "steps", "batch"]
 STEPS_LADDER: tuple[tuple[str, int], ...] = (
@@ -91,10 +91,9 @@ def plan(
     each switch by itself. Steps: from DDPM's 1000 to one, with all that keeps the picture on.
     """
     names, told = usable(list(SWITCHES), parts, machine, steps, tiny_decoder)
-    rows = _rows(names, fast_names(machine))
+    rows = _rows(names, machine.cuda)
     if only:
-        keeping = tuple(name for name, switch in SWITCHES.items() if not switch.asked)
-        known = [*rows, *_rows(tuple(SWITCHES), keeping)]
+        known = [*rows, *_rows(tuple(SWITCHES), machine.cuda)]
         places = {row.name for row in known} | {row.kind for row in known}
         if unknown := [name for name in only if name not in places]:
             kinds = ", ".join(dict.fromkeys(row.kind for row in rows))
@@ -109,15 +108,16 @@ def plan(
     return Plan(tuple(rows), told)
 
 
-def _rows(names: tuple[str, ...], fast: tuple[str, ...]) -> list[Row]:
-    """The rows of these switches; fast: those that keep the picture."""
+def _rows(names: tuple[str, ...], cuda: bool) -> list[Row]:
+    """The rows of these switches."""
+    fast = tuple(name for name in names if not SWITCHES[name].asked)
     rows = [Row("yardstick", "exact")]
     rows.append(Row("yardstick", "diffusers float32", own=True))
     rows.append(Row("yardstick", "diffusers half", ("half",), own=True))
     if "compile" in names:
         rows.append(Row("yardstick", "diffusers half, compiled", ("half", "compile"), own=True))
     stacked: tuple[str, ...] = ()
-    for name in [n for n in names if n in fast]:
+    for name in fast:
         stacked = (*stacked, name)
         rows.append(Row("cumulative", f"+ {name}", stacked))
     for name in ("tiny_decoder", "int8", "deep_cache"):
@@ -126,6 +126,10 @@ def _rows(names: tuple[str, ...], fast: tuple[str, ...]) -> list[Row]:
             rows.append(Row("cumulative", f"+ {name}", stacked))
     for name in names:
         also = ("half",) if name == "float_norms" else ()
+        if name == "int8" and cuda and "compile" in names:
+            # Called one by one, torchao's products wait for the device to print a tensor each.
+            rows.append(Row("alone", "int8, compiled", ("compile", name)))
+            continue
         rows.append(Row("alone", name, (*also, name)))
     rows += [
         Row("batch", f"{what}, {batch} at a time", switches, batch=batch)

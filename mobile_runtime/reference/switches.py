@@ -50,8 +50,8 @@ class Settings:
             raise choices("precision", self.precision, list(get_args(Precision)))
         if self.attention not in get_args(Attention):
             raise choices("attention", self.attention, list(get_args(Attention)))
-        if self.deep_cache < 1:
-            raise UserError(f"deep_cache {self.deep_cache} should be 1 or more")
+        if not isinstance(self.deep_cache, int) or self.deep_cache < 1:
+            raise UserError(f"deep_cache {self.deep_cache!r} should be a whole number, 1 or more")
         if not 0 <= self.merged_tokens <= MOST_MERGED:
             raise UserError(f"merged_tokens {self.merged_tokens} should be from 0 to {MOST_MERGED}")
 
@@ -211,7 +211,8 @@ SWITCHES: dict[str, Switch] = {
         asked=True,
     ),
     "int8": Switch(
-        "linear layers in INT8 by torchao (dynamic activations)",
+        "linear layers in INT8 by torchao, with dynamic activations (on a GPU it takes float32 for "
+        "those that see 16 rows or fewer, as the embedded model's deepest do)",
         lambda s, m: replace(s, int8=True),
         _no_torchao,
         asked=True,
@@ -272,12 +273,25 @@ def named(name: str) -> Switch:
 
 
 def fast_names(machine: Machine) -> tuple[str, ...]:
-    """The switches that keep the picture, and that this machine can take."""
+    """The switches that keep the picture, for a machine of this kind; it may lack some."""
     return tuple(
         name
         for name, switch in SWITCHES.items()
-        if not switch.asked and switch.missing(machine) is None
+        if not switch.asked and (machine.cuda or switch.missing is not _needs_cuda)
     )
+
+
+def asked_of(settings: Settings) -> tuple[str, ...]:
+    """The switches that settings have on, of those that a machine may lack."""
+    on = {
+        "tf32": settings.tf32,
+        "bfloat16": settings.precision == "bfloat16",
+        "xformers": settings.attention == "xformers",
+        "compile": settings.compile,
+        "tensorrt": settings.tensorrt,
+        "int8": settings.int8,
+    }
+    return tuple(name for name, there in on.items() if there)
 
 
 def settings_of(

@@ -14,7 +14,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mobile_runtime.__main__ import main as run
+from mobile_runtime.__main__ import main as mobile_runtime
+from mobile_runtime.errors import run_cli
 
 
 def _rows(*names: str) -> list[str]:
@@ -82,17 +83,19 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], metavar="TABLE")
     args = parser.parse_args()
     device = "cpu" if args.cpu else "cuda"
+    if unknown := [name for name in args.only if name not in TABLES[device]]:
+        parser.error(f"--only {unknown[0]}: choose of {', '.join(TABLES[device])}")
     for name, options in TABLES[device].items():
         folder = args.output / name
         if (folder / "done").exists() or (args.only and name not in args.only):
             continue
         argv = ["reference", "bench", "--ablation", "--device", device, *options]
         print(f"python -m mobile_runtime {' '.join(argv)} -o {folder}", flush=True)
-        if code := run([*argv, "-o", str(folder), "--force"]):
+        if code := run_cli(mobile_runtime, [*argv, "-o", str(folder), "--force"]):
             return code
         profile = ["reference", "profile", "--device", device, *PROFILED.get(name, [])]
         if name in PROFILED and (
-            code := run([*profile, "-o", str(folder / "trace.json"), "--force"])
+            code := run_cli(mobile_runtime, [*profile, "-o", str(folder / "trace.json"), "--force"])
         ):
             return code
         (folder / "done").touch()

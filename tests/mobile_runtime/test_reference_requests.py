@@ -92,6 +92,13 @@ def test_a_row_that_this_machine_lacks_is_told_and_the_others_run(small: Parts) 
         ({"prompts": "x", "seed": "5"}, "seed '5' is no whole number"),
         ({"prompts": "x", "seed": 1.5}, "seed 1.5 is no whole number"),
         ({"prompts": "x", "steps": 1.5}, "steps 1.5 is no whole number"),
+        ({"prompts": "x", "seed": [1.5]}, "seed 1.5 is no whole number"),
+        ({"prompts": "x", "seed": ["a"]}, "seed 'a' is no whole number"),
+        ({"prompts": "x", "guidance_scale": "2"}, "guidance scale of '2' is no number"),
+        ({"prompts": "x", "guidance_scale": float("nan")}, "guidance scale of nan is no number"),
+        ({"prompts": "x", "negative_prompt": ["a"]}, "the negative prompt is one text for all"),
+        ({"prompts": "x", "image": np.zeros((16, 16, 3), np.uint8), "strength": None}, "strength"),
+        ({"prompts": "x", "image": "a.png"}, "the image has shape"),
     ],
 )
 def test_what_is_of_another_kind_is_told(small: Parts, what: dict[str, Any], sentence: str) -> None:
@@ -107,6 +114,66 @@ def test_inputs_that_are_no_numbers_are_told_as_the_inputs(small: Parts) -> None
     width = small.unet.config.cross_attention_dim
     with pytest.raises(UserError, match="prompt_embeds holds values that are not finite"):
         pipeline("x", prompt_embeds=np.full((2, 8, width), np.inf, np.float32))
+
+
+def test_what_pytorch_does_not_take_as_it_is_is_taken(small: Parts) -> None:
+    """Arrays that are read backwards, PIL's pictures, and the pipeline's own embeddings."""
+    pipeline, own = ReferencePipeline(small), small.generation
+    shape = (1, own.latent_channels, own.latent_height, own.latent_width)
+    noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    turned = np.ascontiguousarray(noise[:, ::-1])[:, ::-1]
+    assert np.array_equal(pipeline("x", noise=noise).latents, pipeline("x", noise=turned).latents)
+    picture = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    images = (picture, np.ascontiguousarray(picture[::-1])[::-1], Image.fromarray(picture))
+    one, *others = (pipeline("x", image=image, noise=noise).latents for image in images)
+    assert all(np.array_equal(one, other) for other in others)
+    embeds = pipeline.encode([own.negative_prompt, "a red tent"])
+    made = pipeline("x", prompt_embeds=embeds, seed=3).latents
+    assert np.array_equal(made, pipeline("a red tent", seed=3).latents)
+
+
+@pytest.mark.parametrize(
+    "settings", [Settings(attention="xformers"), Settings(tensorrt=True), Settings(tf32=True)]
+)
+def test_settings_that_this_machine_lacks_are_one_sentence(small: Parts, settings: Any) -> None:
+    with pytest.raises(UserError, match="needs a CUDA device; there is none here, or leave it out"):
+        ReferencePipeline(small, settings, "cpu")
+
+
+def test_what_fast_lacks_is_told(
+    small_recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
+    argv = ["generate", "x", "--recipe", small_recipe, "--device", "cpu", "-o", tmp_path / "x.png"]
+    assert run(*argv, "--fast") == 0
+    told = capsys.readouterr().err
+    assert [line for line in told.splitlines() if line.startswith("left out")] == [
+        "left out: compile: needs a C++ compiler (g++ or clang++) on the path; install one"
+    ]
+    with pytest.warns(UserWarning, match=r"left out: compile: needs a C\+\+ compiler"):
+        pipeline = ReferencePipeline.open(str(small_recipe), fast=True, device="cpu")
+    assert pipeline.settings.precision == "bfloat16"
+    assert not pipeline.settings.compile
+
+
+def test_int8_alone_is_compiled_on_a_gpu() -> None:
+    names = ("half", "compile", "int8")
+    here = {row.name: row.switches for row in planning._rows(names, cuda=False)}
+    there = {row.name: row.switches for row in planning._rows(names, cuda=True)}
+    assert here["int8"] == ("int8",)
+    assert there["int8, compiled"] == ("compile", "int8")
+    assert "int8" not in there
+
+
+def test_places_of_merged_tokens_are_made_once(small: Parts) -> None:
+    pipeline = ReferencePipeline(small, Settings(merged_tokens=0.5), "cpu")
+    made = [
+        module.processor.partners
+        for module in pipeline.models.modules["unet"].modules()
+        if hasattr(getattr(module, "processor", None), "partners")
+    ]
+    assert len(made) > 1
+    assert all(one is made[0] for one in made)
 
 
 def run(*argv: str | Path) -> int:
