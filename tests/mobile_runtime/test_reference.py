@@ -249,12 +249,12 @@ def test_a_picture_of_no_numbers_is_no_picture(small: Parts) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm_solver_pp_2m"])
 def test_exact_is_diffusers_own_pipeline_at_full_size(scheduler: str) -> None:
-    changes = {"source.model": "random:sd_turbo", "resolution": 256}
+    changes = {"source.model": "random:sd_turbo"}
     parts = opening.open_recipe(schema.load("sd_turbo_int8", changes).resolved())
     table = parts.schedule(2, scheduler)
     noise, _ = stored_noise(parts, table)
     wanted = diffusers_latents(
-        parts, scheduler, noise, num_inference_steps=2, guidance_scale=0.0, height=256, width=256
+        parts, scheduler, noise, num_inference_steps=2, guidance_scale=0.0, height=512, width=512
     )
     made = ReferencePipeline(parts)(PROMPT, noise=noise, steps=2, scheduler=scheduler)
     # Random weights leave latents of up to 61, where float32's own steps are 4e-6.
