@@ -257,5 +257,5 @@ def test_exact_is_diffusers_own_pipeline_at_full_size(scheduler: str) -> None:
         parts, scheduler, noise, num_inference_steps=2, guidance_scale=0.0, height=512, width=512
     )
     made = ReferencePipeline(parts)(PROMPT, noise=noise, steps=2, scheduler=scheduler)
-    # Random weights leave latents of up to 61, where float32's own steps are 4e-6.
+    # Random weights leave latents of up to 67, where float32's own steps are 8e-6.
     assert np.abs(made.latents - wanted).max() <= 1e-5 * np.abs(wanted).max() / 10
