@@ -7,8 +7,8 @@ ordinary pipeline that `save` writes as a diffusers folder, the quantization pla
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def apply(
     done = Done.before(pipeline, recipe, cache, keeps)
     teacher = pipeline.unet
     before = _measure(pipeline, recipe)
-    looked: probe.Seen | None = _look(pipeline, recipe) if chosen else None
+    looked = (-1, "source", _look(pipeline, recipe)) if chosen else None
     kept = done.kept(chosen) if keeps else [False] * len(chosen)
     needless = _needless(chosen, kept) if seen is None else set()
     done.check_ready(
@@ -187,12 +187,15 @@ def apply(
         if index in needless:
             done.add(stage)
             applied.records.append({"stage": stage.name, "trained": SUPERSEDED})
-            looked = None  # nothing is there that the next stage could be held against
             continue
         with done.work(stage, functions.trained, teacher) as work:
-            outcome = work.found(applied.pipeline) or work.keep(
-                functions.run(applied.pipeline, stage.settings, work), applied.records
-            )
+            found = work.found(applied.pipeline)
+            outcome = found or functions.run(applied.pipeline, stage.settings, work)
+            seen_now = _look(outcome.pipeline, recipe)
+            record = _with_quality(outcome.record, looked, seen_now, index)
+            outcome = replace(outcome, record=record)
+            if found is None:
+                work.keep(outcome, applied.records)
         for place, told in enumerate(outcome.earlier):
             # A stage that was skipped did the same when this result was made; one that ran after
             # it was measured without what the skipped one left.
@@ -205,10 +208,7 @@ def apply(
         applied.plans += outcome.plans
         after = _measure(outcome.pipeline, recipe)
         record = {"stage": stage.name, **outcome.record, "before": before, "after": after}
-        seen_now = _look(outcome.pipeline, recipe)
-        if looked is not None:
-            record["snr_db"] = probe.compare(looked, seen_now)
-        looked = seen_now
+        looked = (index, stage.name, seen_now)
         if work.kept is not None:
             record["result"] = work.kept.name
         applied.records.append(record)
@@ -218,6 +218,23 @@ def apply(
         if seen is not None:
             seen(applied)
     return applied
+
+
+def _with_quality(
+    record: Mapping[str, Any], before: tuple[int, str, probe.Seen] | None, now: probe.Seen, at: int
+) -> dict[str, Any]:
+    """The record of the stage at index `at`, with the SNR of each component's output to before it.
+
+    before: the index and name of the last stage that ran, and what came of it. Where others lie
+    between, which a kept result made needless, that result's own figures stay, if it has any; else
+    `snr_db_against` names what its outputs are held against.
+    """
+    next_to_it = before is not None and before[0] == at - 1
+    if before is None or ("snr_db" in record and not next_to_it):
+        return dict(record)
+    told = {key: value for key, value in record.items() if key != "snr_db_against"}
+    told["snr_db"] = probe.compare(before[2], now)
+    return told if next_to_it else {**told, "snr_db_against": before[1]}
 
 
 def _needless(chosen: Sequence[Stage], kept: Sequence[bool]) -> set[int]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from tqdm import tqdm
 
@@ -88,7 +89,12 @@ def beside(rows: list[np.ndarray]) -> np.ndarray:
 def accelerator() -> Accelerator:
     """Where to train: what `accelerate launch` arranged, else this machine's GPU or CPU."""
     # Others wait while the first process draws pictures, for longer than the usual ten minutes.
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
+    waits = InitProcessGroupKwargs(timeout=timedelta(days=2))
+    # The recipe says both; else accelerate's own configuration would change what a key names.
+    once = GradientAccumulationPlugin(num_steps=1)
+    return Accelerator(
+        mixed_precision="no", gradient_accumulation_plugin=once, kwargs_handlers=[waits]
+    )
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -111,8 +117,8 @@ def train(job: Job) -> Any:
         tensor.requires_grad_(job.trainable(name))
     optimizer = torch.optim.AdamW(weights, settings.learning_rate, betas=(0.9, 0.99), fused=True)
     average = copied(module, job.trainable).requires_grad_(False)
-    start, history = _resume(job, module, optimizer, average)
     scaler = torch.amp.GradScaler(where.device.type, enabled=settings.precision == "float16")
+    start, history = _resume(job, module, optimizer, scaler, average)
     wrapped, optimizer = where.prepare(module, optimizer)
     smooth = history[-1][1] if history else None
     bar = tqdm(
@@ -163,7 +169,7 @@ def train(job: Job) -> Any:
             if end or done % max(1, settings.iterations // CURVE_POINTS) == 0:
                 history.append((done, smooth))
             if end or done % settings.save_every == 0 or done % settings.watch_every == 0:
-                _save(job, module, optimizer, average, done, history)
+                _save(job, module, optimizer, scaler, average, done, history)
             if end or done % settings.watch_every == 0:
                 _show(job, average.eval(), done, history)
     where.wait_for_everyone()
@@ -211,7 +217,7 @@ def _checkpoint(job: Job) -> Path:
 
 
 def _resume(
-    job: Job, module: nn.Module, optimizer: Any, average: nn.Module
+    job: Job, module: nn.Module, optimizer: Any, scaler: Any, average: nn.Module
 ) -> tuple[int, list[tuple[int, float]]]:
     path = _checkpoint(job)
     if not path.exists():
@@ -231,6 +237,8 @@ def _resume(
     with told_if_damaged(path):
         _fill(_trained(job, module), state["module"])
         optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):  # of float16 alone
+            scaler.load_state_dict(state["scaler"])
         _fill(_trained(job, average), state["average"])
         return state["step"], [(step, loss) for step, loss in state["history"]]
 
@@ -239,6 +247,7 @@ def _save(
     job: Job,
     module: nn.Module,
     optimizer: Any,
+    scaler: Any,
     average: nn.Module,
     step: int,
     history: list[tuple[int, float]],
@@ -249,6 +258,7 @@ def _save(
         "processes": accelerator().num_processes,
         "module": _trained(job, module),
         "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
         "average": _trained(job, average),
         "step": step,
         "history": history,

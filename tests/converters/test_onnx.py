@@ -20,7 +20,9 @@ from converters.lowered import Lowered
 from converters.onnx import OnnxOptions
 from mobile_runtime.backends.onnxruntime import EXACT_SESSION
 from mobile_runtime.errors import UserError
+from mobile_runtime.latency import environment
 from mobile_runtime.manifest import TensorSpec
+from mobile_runtime.parity import measure
 from recipes.quantize import quantize
 from recipes.quantized_layers import QuantizedModule
 from recipes.schema import OnnxOptions as OnnxSettings
@@ -345,12 +347,13 @@ def test_optimum_draws_with_a_tiny_decoder(float_folder: Path, tmp_path: Path) -
     assert_same_picture(ORTDiffusionPipeline.from_pretrained(folder), pipeline, 0.0)
 
 
+@pytest.mark.parametrize("activations", ["int8", "uint8"])
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])
 def test_every_layer_with_static_activations_runs_in_an_integer_kernel(
-    name: str, tmp_path: Path
+    name: str, activations: str, tmp_path: Path
 ) -> None:
     component = build(make_static_pipeline(), name)
-    path = lower(component, tmp_path).path
+    path = lower(component, tmp_path, activations=activations).path
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -366,6 +369,23 @@ def test_every_layer_with_static_activations_runs_in_an_integer_kernel(
     convolutions = sum(layer.weight_int8.dim() == 4 for layer in layers)
     assert kinds.count("QLinearConv") == convolutions
     assert kinds.count("QGemm") + kinds.count("QLinearMatMul") == len(layers) - convolutions > 0
+
+
+def test_activations_in_uint8_are_the_same_values(tmp_path: Path) -> None:
+    """On Arm, and on x86 with VNNI; without it, uint8 by int8 saturates."""
+    component = build(make_static_pipeline(), "unet")
+    inputs = {name: tensor.numpy() for name, tensor in component.example_inputs().items()}
+    kinds, outputs = [], []
+    for activations in ("int8", "uint8"):
+        path = lower(component, tmp_path / activations, activations=activations).path
+        graph = onnx.load(path).graph
+        constants = {one.name: one.data_type for one in graph.initializer}
+        points = {constants[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"}
+        kinds.append(points)
+        outputs.append(session(path).run(None, inputs)[0])
+    assert kinds == [{onnx.TensorProto.INT8}, {onnx.TensorProto.UINT8}]
+    if "avx512_vnni" in environment().cpu_flags or "asimd" in environment().cpu_flags:
+        assert measure(*outputs).snr_db > 100
 
 
 def test_each_layer_with_static_activations_equals_torch_on_the_same_input() -> None:

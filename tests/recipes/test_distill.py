@@ -444,12 +444,9 @@ def test_two_processes_do_not_train_the_same_thing(prompts: Path, tmp_path: Path
 
 
 def found(record: dict[str, Any]) -> dict[str, Any]:
-    """A record as it is told where the result was kept and the stages before it were skipped.
-
-    There is no pipeline before it then, that its outputs could be held against.
-    """
-    told = {key: value for key, value in record.items() if key != "snr_db"}
-    return {**told, "trained": "earlier, found in the cache"}
+    """A record as it is told where the result was kept and the stages before it were skipped."""
+    assert record["snr_db"]
+    return {**record, "trained": "earlier, found in the cache"}
 
 
 def test_a_result_that_only_led_to_a_kept_one_is_not_needed(prompts: Path, tmp_path: Path) -> None:
@@ -530,7 +527,12 @@ def test_a_result_that_was_kept_without_records_of_what_led_to_it_is_still_found
     kept = json.loads(file.read_text())
     del kept["earlier"]
     file.write_text(json.dumps(kept))
+    del kept["record"]["snr_db"]
+    file.write_text(json.dumps(kept))
     again = stages.apply(make_tiny_pipeline(), asked, cache=tmp_path)
+    # Nothing is there to hold the student against but what came before the stage that is skipped.
+    assert again.records[1]["snr_db"].keys() == first.records[1]["snr_db"].keys()
+    assert again.records[1]["snr_db_against"] == "source"
     assert again.records[0] == {"stage": "prune", "trained": stages.SUPERSEDED}
     assert again.records[1]["after"] == first.records[1]["after"]
 

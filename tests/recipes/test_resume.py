@@ -1,6 +1,8 @@
 """A training that was stopped goes on, or says which of its files is damaged."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,3 +150,51 @@ def test_a_checkpoint_that_cannot_be_used_is_named(
         trainer.train(job)
     assert str(file) in str(caught.value)
     assert "delete it" in str(caught.value)
+
+
+class KilledError(Exception):
+    """Of a training."""
+
+
+def overflowing(folder: Path, stop_at: int | None = None) -> Any:
+    """Train in float16 on a loss that is too large for the scale that it begins with."""
+    torch.manual_seed(0)
+    settings = DistillSettings(
+        method="output", steps=1, iterations=12, warmup=0, precision="float16", save_every=4
+    )
+
+    def loss(module: nn.Module, batch: trainer.Batch) -> torch.Tensor:
+        if batch.step == stop_at:
+            raise KilledError
+        x = torch.randn(2, 4, generator=batch.generator())
+        return module(x).float().square().sum() * 20
+
+    return trainer.train(trainer.Job("job", nn.Linear(4, 4), loss, settings, folder, KEY))
+
+
+def test_a_killed_training_in_float16_ends_where_a_whole_one_does(tmp_path: Path) -> None:
+    """The scale of the gradients is a part of its state: it falls where they overflow."""
+    whole = overflowing(tmp_path / "whole")
+    with pytest.raises(KilledError):
+        overflowing(tmp_path / "killed", stop_at=5)
+    state = torch.load(tmp_path / "killed/job.ckpt", weights_only=True)
+    assert state["scaler"]["scale"] < 65536
+    again = overflowing(tmp_path / "killed")
+    assert torch.equal(whole.weight, again.weight)
+
+
+def test_accelerates_own_settings_change_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe names the precision, and the key of the result holds it."""
+    script = (
+        "from recipes.trainer import accelerator; a = accelerator(); "
+        "print(a.mixed_precision, a.gradient_accumulation_steps)"
+    )
+    changes = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | changes,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == ["no", "1"]
