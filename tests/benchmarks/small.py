@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,9 @@ ROWS: dict[str, Row] = {
         "pocket_turbo", more=({"finetune": FINETUNE}, {"quantize": STATIC}), beside="2-step"
     ),
     "2-step-w8a8": Row("pocket_turbo_w8a8", beside="2-step", points=1.5),
+    "2-step-w8a8-uint8": Row(
+        "pocket_turbo_w8a8", changes={"targets.onnx.activations": "uint8"}, beside="2-step"
+    ),
     "2-step-4bit-plain": Row(
         "pocket_turbo_4bit", changes={"stages.quantize.int4.rank": 0}, beside="2-step"
     ),
@@ -153,6 +156,20 @@ def recipe_of(name: str, row: Row, folder: Path) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(recipe.to_yaml())
     return path
+
+
+def with_one_step(row: Row) -> Row:
+    """The row with its trainings cut to an optimizer step, which changes nothing of its times."""
+    own = schema.load(row.recipe).resolved()["stages"][: row.stages] if row.stages else []
+
+    def short(stage: dict[str, Any]) -> dict[str, Any]:
+        ((name, settings),) = stage.items()
+        less = {"iterations": 1, "decoder_iterations": 1, "pictures": 32, "held_out": 0}
+        if name == "prune":
+            return stage
+        return {name: {**settings, **{k: v for k, v in less.items() if settings.get(k)}}}
+
+    return replace(row, stages=0 if own else None, more=tuple(map(short, (*own, *row.more))))
 
 
 def convert(name: str, row: Row, folder: Path) -> Bundle:
@@ -199,8 +216,8 @@ def draw(bundle: Bundle, texts: Sequence[str], folder: Path) -> Drawn:
     return drawn
 
 
-def milliseconds(bundles: dict[str, Bundle], text: str) -> dict[str, float]:
-    """The median time of a picture; rows take turns, so that a change of the machine hits all."""
+def milliseconds(bundles: dict[str, Bundle], text: str) -> dict[str, list[float]]:
+    """The times of a picture; rows take turns, so that a change of the machine hits all."""
     pipelines = {name: Pipeline.from_bundle(bundle) for name, bundle in bundles.items()}
     spent: dict[str, list[float]] = {name: [] for name in bundles}
     for turn in tqdm(range(ROUNDS + 1), desc="latency"):
@@ -209,7 +226,17 @@ def milliseconds(bundles: dict[str, Bundle], text: str) -> dict[str, float]:
             pipeline(text, seed=turn)
             if turn:  # the first warms up
                 spent[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(times) for name, times in spent.items()}
+    return spent
+
+
+def print_times(spent: dict[str, list[float]]) -> None:
+    """Each row's times, and as ratios to `2-step` in the same rounds."""
+    print(f"{describe()}\n")
+    print("| | ms a picture | of 2-step's | between the quartiles |\n|---|---|---|---|")
+    for name, times in spent.items():
+        pairs = zip(times, spent.get("2-step", times), strict=True)
+        low, median, high = np.percentile([time / other for time, other in pairs], (25, 50, 75))
+        print(f"| {name} | {statistics.median(times):.1f} | {median:.2f} | {low:.2f}-{high:.2f} |")
 
 
 def work(bundle: Bundle) -> float:
@@ -257,8 +284,18 @@ def main() -> int:
     parser.add_argument("--captions", type=int, default=512)
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--folder", type=Path, default=Path("bundles/small"))
+    parser.add_argument(
+        "--only-latency",
+        action="store_true",
+        help="train next to nothing, judge nothing: the times",
+    )
     arguments = parser.parse_args()
     folder = arguments.folder
+    if arguments.only_latency:
+        short = {name: with_one_step(ROWS[name]) for name in arguments.rows}
+        timed = {name: convert(name, row, folder) for name, row in short.items()}
+        print_times(milliseconds(timed, evaluate.held_out_scenes(1)[0][0]))
+        return 0
     bundles = {name: convert(name, ROWS[name], folder) for name in arguments.rows}
     cases = evaluate.held_out_scenes(arguments.captions)
     texts, scenes = [text for text, _ in cases], [scene for _, scene in cases]
@@ -289,7 +326,7 @@ def main() -> int:
         print(
             f"| {name} | {parameters / 1e6:.2f} | {work(bundle) / 1e9:.3f} | {in_int8(bundle)} | "
             f"{size / 1e6:.1f} | "
-            f"{times[name]:.0f} | {right[name]:.1f} % | {low}-{high} | {below} | "
+            f"{statistics.median(times[name]):.0f} | {right[name]:.1f} % | {low}-{high} | {below} | "
             f"{against(drawn.get(row.beside or ''), drawn[name])} | "
             f"{against(teacher, drawn[name])} | {verdict(bundle)} |",
             flush=True,
