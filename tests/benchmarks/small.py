@@ -172,7 +172,7 @@ def with_one_step(row: Row) -> Row:
     return replace(row, stages=0 if own else None, more=tuple(map(short, (*own, *row.more))))
 
 
-def convert(name: str, row: Row, folder: Path) -> Bundle:
+def convert(name: str, row: Row, folder: Path, *more: str) -> Bundle:
     """The row's bundle; the one that is there, if it was made from the same recipe."""
     output, path = folder / name, recipe_of(name, row, folder)
     if output.exists():
@@ -183,7 +183,7 @@ def convert(name: str, row: Row, folder: Path) -> Bundle:
         else:
             if bundle.manifest.recipe == yaml.safe_load(path.read_text()):
                 return bundle
-    if cli.main("onnx", ["--recipe", str(path), "--output", str(output), "--force"]):
+    if cli.main("onnx", ["--recipe", str(path), "--output", str(output), "--force", *more]):
         print(f"{output} missed a gate", file=sys.stderr)
     return Bundle.open(output)
 
@@ -287,13 +287,13 @@ def main() -> int:
     parser.add_argument(
         "--only-latency",
         action="store_true",
-        help="train next to nothing, judge nothing: the times",
+        help="train next to nothing, judge nothing",
     )
     arguments = parser.parse_args()
     folder = arguments.folder
     if arguments.only_latency:
         short = {name: with_one_step(ROWS[name]) for name in arguments.rows}
-        timed = {name: convert(name, row, folder) for name, row in short.items()}
+        timed = {name: convert(name, row, folder, "--no-validate") for name, row in short.items()}
         print_times(milliseconds(timed, evaluate.held_out_scenes(1)[0][0]))
         return 0
     bundles = {name: convert(name, ROWS[name], folder) for name in arguments.rows}
@@ -326,7 +326,8 @@ def main() -> int:
         print(
             f"| {name} | {parameters / 1e6:.2f} | {work(bundle) / 1e9:.3f} | {in_int8(bundle)} | "
             f"{size / 1e6:.1f} | "
-            f"{statistics.median(times[name]):.0f} | {right[name]:.1f} % | {low}-{high} | {below} | "
+            f"{statistics.median(times[name]):.0f} | {right[name]:.1f} % | {low}-{high} | "
+            f"{below} | "
             f"{against(drawn.get(row.beside or ''), drawn[name])} | "
             f"{against(teacher, drawn[name])} | {verdict(bundle)} |",
             flush=True,
