@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from converters.components import Component
 from mobile_runtime import vocabulary
+from mobile_runtime.errors import GateError, UserError
 from mobile_runtime.manifest import ComponentName, Golden, GoldenPrompt
 from mobile_runtime.parity import check_outputs
 from mobile_runtime.pipeline import Pipeline, Result
@@ -92,7 +93,13 @@ def record_source(
             name: _recording(torch_runner(component), seen[name])
             for name, component in components.items()
         }
-        result = run_prompt(make_pipeline(runners), prompt)
+        try:
+            result = run_prompt(make_pipeline(runners), prompt)
+        except GateError as error:
+            raise UserError(
+                f"the source draws no picture of {prompt.prompt!r}: values are not finite; its "
+                "weights overflow float32, or its files are damaged"
+            ) from error
         cases.runs.append(result)
         for name in ("text_encoder", "unet", "vae_decoder"):
             for inputs, outputs in _spread(seen[name]):

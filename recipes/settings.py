@@ -102,7 +102,7 @@ class PruneSettings(Settings):
 
     def faults(self) -> list[str]:
         if not self.blocks and not self.attention_levels and self.channels is None:
-            return ["names nothing to prune: give blocks, attention_levels or channels"]
+            return ["blocks: nothing is named to prune; give blocks, attention_levels or channels"]
         return [f"channels.{fault}" for fault in self.channels.faults()] if self.channels else []
 
     @property

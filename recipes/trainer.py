@@ -150,6 +150,12 @@ def train(job: Job) -> Any:
                     loss = job.loss(wrapped, batch) / settings.accumulate
                 where.backward(scaler.scale(loss))
             total += float(loss.detach())
+        if not np.isfinite(total) and step == 0:
+            raise UserError(
+                f"{job.name}: the loss is {total} before anything was trained; the source's weights "
+                "overflow, or the precision does not hold what they give: take float32, or another "
+                "source"
+            )
         if not np.isfinite(total):
             raise UserError(
                 f"{job.name}: the loss is {total} at step {step}; lower learning_rate, or train in "

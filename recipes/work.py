@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mobile_runtime.bundle import sha256
 from mobile_runtime.cache import VARIABLE, cache_root
 from mobile_runtime.errors import UserError, missing_backend
 from mobile_runtime.manifest import LayerPlan
@@ -89,6 +90,9 @@ class Work:
                         f"{folder} is damaged, or the result of other inputs than its name says; "
                         "delete it"
                     )
+                there = _hashes(folder, self.trained)
+                if kept.get("sha256", there) != there:
+                    raise UserError(f"{folder} has changed since it was made; delete it")
                 modules = {name: component_folder.load(folder / name) for name in self.trained}
                 found_in = "the package" if folder.parent == SHIPPED else "the cache"
                 return Outcome(
@@ -113,7 +117,12 @@ class Work:
         for left in self.folder.iterdir():
             if left.suffix in LEFT:
                 shutil.copy2(left, fresh / TRAINING / left.name)
-        record = {"key": self.key, "record": outcome.record, "earlier": list(earlier)}
+        record = {
+            "key": self.key,
+            "record": outcome.record,
+            "earlier": list(earlier),
+            "sha256": _hashes(fresh, self.trained),
+        }
         (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         # Without its record, what lies there is no result.
         shutil.rmtree(self.kept, ignore_errors=True)
@@ -213,6 +222,12 @@ def _read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and isinstance(record.get("record"), dict) else {}
+
+
+def _hashes(folder: Path, components: Sequence[str]) -> dict[str, str]:
+    """Of each file of the components, by its path."""
+    files = [file for name in components for file in (folder / name).rglob("*") if file.is_file()]
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in sorted(files)}
 
 
 def _is_kept(kept: Path) -> bool:

@@ -164,7 +164,13 @@ def with_one_step(row: Row) -> Row:
 
     def short(stage: dict[str, Any]) -> dict[str, Any]:
         ((name, settings),) = stage.items()
-        less = {"iterations": 1, "decoder_iterations": 1, "pictures": 32, "held_out": 0}
+        less = {
+            "iterations": 1,
+            "decoder_iterations": 1,
+            "pictures": 32,
+            "held_out": 0,
+            "warmup": 0,
+        }
         if name == "prune":
             return stage
         return {name: {**settings, **{k: v for k, v in less.items() if settings.get(k)}}}

@@ -160,14 +160,24 @@ def test_a_checkpoint_of_another_training_is_refused(prompts: Path, tmp_path: Pa
         trainer.train(job("two"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(prompts: Path, tmp_path: Path) -> None:
-    settings = recipe(prompts, method="output").stages[0].distill
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [
+        (0, "the loss is nan before anything was trained; the source's weights overflow"),
+        (1, "the loss is nan at step 1; lower learning_rate"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_training(
+    prompts: Path, tmp_path: Path, at: int, told: str
+) -> None:
+    settings = recipe(prompts, method="output", iterations=2).stages[0].distill
     assert settings is not None
-    module = nn.Linear(2, 2)
-    job = trainer.Job(
-        "job", module, lambda m, b: m(torch.full((1, 2), torch.nan)).sum(), settings, tmp_path, "k"
-    )
-    with pytest.raises(UserError, match="the loss is nan at step 0; lower learning_rate"):
+
+    def loss(module: nn.Module, batch: trainer.Batch) -> torch.Tensor:
+        return module(torch.full((1, 2), torch.nan if batch.step == at else 1.0)).sum()
+
+    job = trainer.Job("job", nn.Linear(2, 2), loss, settings, tmp_path, "k")
+    with pytest.raises(UserError, match=told):
         trainer.train(job)
     assert not list(tmp_path.glob("*.ckpt"))
 
@@ -572,7 +582,15 @@ def test_a_kept_result_that_is_damaged_is_told_with_its_folder(
     stages.apply(make_tiny_pipeline(), asked, cache=cache)
     (kept,) = cache.iterdir()
     weights = kept / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"{kept.name} has changed since it was made; delete it"):
+        stages.apply(make_tiny_pipeline(), asked, cache=cache)
+    # One that was kept before there were hashes.
+    record = json.loads((kept / work.RECORD).read_text())
+    del record["sha256"]
+    (kept / work.RECORD).write_text(json.dumps(record))
+    weights.write_bytes(content[:-1000])
     with pytest.raises(UserError, match=rf"{kept.name}/unet cannot be read .* delete it"):
         stages.apply(make_tiny_pipeline(), asked, cache=cache)
 

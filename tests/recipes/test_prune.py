@@ -234,7 +234,7 @@ def test_bk_base_of_a_unet_with_one_layer_a_level_is_refused(tiny_pipeline: Any)
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({}, "names nothing to prune"),
+        ({}, "nothing is named to prune"),
         ({"blocks": "bk_huge"}, "bk_base"),
     ],
 )
