@@ -152,9 +152,9 @@ def train(job: Job) -> Any:
             total += float(loss.detach())
         if not np.isfinite(total) and step == 0:
             raise UserError(
-                f"{job.name}: the loss is {total} before anything was trained; the source's weights "
-                "overflow, or the precision does not hold what they give: take float32, or another "
-                "source"
+                f"{job.name}: the loss is {total} before anything was trained; the source's "
+                "weights overflow, or the precision does not hold what they give: take float32, "
+                "or another source"
             )
         if not np.isfinite(total):
             raise UserError(
