@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(
     job = trainer.Job("job", nn.Linear(2, 2), loss, settings, tmp_path, "k")
     with pytest.raises(UserError, match=told):
         trainer.train(job)
-    assert not list(tmp_path.glob("*.ckpt"))
+    assert at or not list(tmp_path.glob("*.ckpt"))
 
 
 def test_it_leaves_pictures_and_a_loss_curve_to_look_at(prompts: Path, tmp_path: Path) -> None:
