@@ -15,7 +15,8 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -154,14 +155,16 @@ def layer_check(
     layers: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Each layer with quantized activations alone in ONNX Runtime; see layer_check.py."""
-    return layers_alone(component, inputs, _run_alone, progress, layers)
+    own = replace(options or OnnxOptions(), ort_format=False)
+    return layers_alone(component, inputs, partial(_run_alone, own), progress, layers)
 
 
-def _run_alone(layers: Component, args: list[torch.Tensor]) -> list[torch.Tensor]:
+def _run_alone(own: OnnxOptions, layers: Component, args: list[torch.Tensor]) -> list[torch.Tensor]:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
-        path = lower(layers, torch.export.export(layers.module, tuple(args)), Path(folder)).path
+        program = torch.export.export(layers.module, tuple(args))
+        path = lower(layers, program, Path(folder), own).path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         for key, value in EXACT_SESSION.items():

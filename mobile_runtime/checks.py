@@ -125,6 +125,8 @@ def check_inside(
     figures = taps.measure(bundle, component, runtime)
     if isinstance(figures, NoRun):
         reason = f"the first layer that diverges cannot be told: {figures.reason}"
+        if not wrong:  # nothing else tells that the file is not as it was
+            return [tell("inside", figures.status, reason)]
         return [tell("inside", "not_run", reason).model_copy(update={"gated": False})]
     first = taps.first_that_diverges(figures)
     lost = [figure for figure in figures if figure.wrong]
@@ -149,6 +151,9 @@ def check_inside(
 def check_timesteps(bundle: Bundle, runtime: Runtime) -> Check:
     """Hold what the UNet makes of every timestep of the schedules against PyTorch's."""
     tell = Teller("unet", runtime.label)
+    if bundle.manifest.golden.timesteps is None:
+        reason = "every timestep: the bundle was made without them; convert it again"
+        return tell("timesteps", "not_run", reason).model_copy(update={"gated": False})
     figures = taps.measure_timesteps(bundle, runtime)
     if isinstance(figures, NoRun):
         return tell("timesteps", figures.status, f"every timestep: {figures.reason}")
@@ -204,8 +209,7 @@ def can_look_inside(bundle: Bundle, component: ComponentName, runtime: Runtime) 
 
 
 def _can_look_at_timesteps(bundle: Bundle, component: ComponentName, runtime: Runtime) -> bool:
-    looks = component == "unet" and can_look_inside(bundle, component, runtime)
-    return looks and bundle.manifest.golden.timesteps is not None
+    return component == "unet" and can_look_inside(bundle, component, runtime)
 
 
 def _same_function(
@@ -234,7 +238,7 @@ def _same_function(
 def _had_db(bundle: Bundle, component: str, runtime: Runtime) -> float | None:
     """What the outputs must have where they were made: nobody can look at the inside there."""
     known = bundle.component(component).at_conversion
-    if known is None or runtime.device or known.made_on != taps.this_machine(runtime.backend):
+    if known is None or runtime.device or not taps.made_here(known.made_on, runtime):
         return None
     return known.snr_db - taps.SAME_MACHINE_DB
 

@@ -106,6 +106,12 @@ def this_machine(backend: str) -> str:
     return f"{here.cpu} ({' '.join(here.cpu_flags)}), {runtime} {version}"
 
 
+def made_here(made_on: str, runtime: Runtime) -> bool:
+    """Whether that was this machine and runtime, computing as it does now."""
+    usual = runtime.options.get("exact", True) and "providers" not in runtime.options
+    return bool(usual) and made_on == this_machine(runtime.backend)
+
+
 def read(bundle: Bundle, component: ComponentName) -> Taps | None:
     """A component's taps; None where its bundle has none. BundleError where they are damaged."""
     relative = bundle.manifest.golden.taps.get(component)
@@ -120,13 +126,18 @@ def open_taps(path: Path) -> Taps:
         with safe_open(path, "numpy") as file:
             metadata, sketches = file.metadata() or {}, file.get_tensor("sketches")
             there = "timesteps" in file.keys()  # noqa: SIM118
-            timesteps = tuple(file.get_tensor("timesteps").tolist()) if there else ()
+            steps = file.get_tensor("timesteps") if there else np.empty(0, np.float32)
         taps = TypeAdapter(tuple[Tap, ...]).validate_json(metadata["taps"])
         made_on = metadata["made_on"]
-    except (KeyError, OSError, SafetensorError, ValidationError) as error:
+    except (AttributeError, KeyError, OSError, SafetensorError, ValidationError) as error:
         raise BundleError(f"{path} holds no taps; make the bundle again") from error
-    if not taps:
+    sound = all(
+        0 < tap.elements <= MAX_ELEMENTS and all(map(math.isfinite, tap.snr_db.values()))
+        for tap in taps
+    )
+    if not taps or not sound or steps.ndim != 1 or not np.isfinite(steps).all():
         raise BundleError(f"{path} holds no taps; make the bundle again")
+    timesteps = tuple(steps.tolist())
     if sketches.shape != (len(taps), SKETCH_SIZE):
         raise BundleError(f"{path} has {len(taps)} taps and sketches of shape {sketches.shape}")
     if timesteps and len(taps) % len(timesteps):
@@ -162,11 +173,12 @@ def measure(
 def measure_timesteps(bundle: Bundle, runtime: Runtime) -> list[tuple[float, TapFigure]] | NoRun:
     """What the UNet makes of every timestep, held against PyTorch's; with the timestep."""
     entry, relative = bundle.component("unet"), bundle.manifest.golden.timesteps
-    if relative is None:
-        return NoRun("not_run", "the bundle was made without its timesteps; convert it again")
+    assert relative is not None, "a bundle without timesteps"
     taps = open_taps(bundle.file(relative))
-    if not taps.timesteps:
-        raise BundleError(f"{relative} holds no timesteps; make the bundle again")
+    asked = {row.timestep for table in bundle.manifest.schedules for row in table.rows}
+    if {np.float32(t) for t in asked} != {np.float32(t) for t in taps.timesteps}:
+        reason = f"{relative} is not of the schedules' timesteps; make the bundle again"
+        return NoRun("fail", reason)
     first = golden_cases(bundle, "unet")[0].inputs
     cases = [first | {"timestep": np.full_like(first["timestep"], t)} for t in taps.timesteps]
     each = len(taps.taps) // len(cases)
@@ -194,11 +206,13 @@ def _held(
     """The figures of the sketches that `look` finds: each tap's, or None where there is none."""
     try:
         seen = look()
+    except BundleError as error:  # a value that is not in the file, say
+        return NoRun("fail", str(error))
     except UserError as error:
         return NoRun("not_run", str(error))
     except Exception as error:  # the runtimes' own errors share no class
         return NoRun("fail", f"the values inside cannot be looked at: {brief(error)}")
-    bounds = _bounds(bundle, component, taps.made_on == this_machine(runtime.backend))
+    bounds = _bounds(bundle, component, made_here(taps.made_on, runtime))
     return tuple(
         _figure(tap, reference, given, runtime.arithmetic, bounds)
         for tap, reference, given in zip(taps.taps, taps.sketches, seen, strict=True)

@@ -102,6 +102,7 @@ def read(bundle: Bundle) -> Vocabulary | None:
         (spec,) = bundle.component("text_encoder").inputs
         whole = (
             bool(words)
+            and len(ids) > 0
             and all(isinstance(word, str) for word in words)
             and len(parts) == len(words)
             and ends[-1] == tensors["word_ids"].size
@@ -109,7 +110,10 @@ def read(bundle: Bundle) -> Vocabulary | None:
             and sketches.shape == (len(ids), SKETCH_SIZE)
             and outputs.shape == (len(sampled(len(ids))), SKETCH_SIZE)
         )
-    except (KeyError, IndexError, OSError, SafetensorError, ValueError) as error:
+    except (
+        *(AttributeError, KeyError, IndexError, OSError, RecursionError, SafetensorError),
+        *(TypeError, ValueError),
+    ) as error:
         raise BundleError(f"{path} holds no vocabulary; make the bundle again") from error
     if not whole:
         raise BundleError(f"{path}: its tensors do not fit together; make the bundle again")

@@ -181,6 +181,20 @@ def on_input(
     return on_graph(layer.split(".")[0], apply)  # type: ignore[arg-type]
 
 
+def dropped(layer: str) -> Callable[[Path], None]:
+    """A layer's last node gone, its readers given what it read."""
+
+    def apply(graph: Graph) -> None:
+        node = graph.node(layer)
+        for reader in graph.graph.node:
+            for i, name in enumerate(reader.input):
+                if name in node.output:
+                    reader.input[i] = node.input[0]
+        graph.graph.node.remove(node)
+
+    return on_graph(layer.split(".")[0], apply)  # type: ignore[arg-type]
+
+
 def swap_inputs(layer: str, op_type: str) -> Callable[[Path], None]:
     """The first node of a kind above a layer, with its inputs in the other order."""
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from converters import cli
-from mobile_runtime import vocabulary
+from mobile_runtime import taps, vocabulary
 from mobile_runtime.backends.mil.package import Package
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError
@@ -26,6 +27,7 @@ from tests.converters.small import make_small_pipeline
 from tests.damages import (
     Damage,
     damaged,
+    dropped,
     in_golden,
     in_manifest,
     on_graph,
@@ -396,6 +398,80 @@ def test_a_package_that_describes_itself_otherwise_is_refused(bundles, tmp_path,
     report = checked(damaged(bundles["coreml"], Damage(what, change), tmp_path / "bundle"))
     assert report.verdict == "fail"
     assert told in report.summary
+
+
+def test_a_layer_that_is_gone_fails_though_every_gate_is_passed(bundles, tmp_path):
+    """Its value cannot be looked at any more. The gates are low, as those of INT8 activations."""
+
+    def low(manifest: dict[str, Any]) -> None:
+        manifest["gates"] |= {"component_snr_db": 0.01, "trajectory_snr_db": 0.01}
+        manifest["gates"]["picture_psnr_db"] = 1.0
+
+    def apply(folder: Path) -> None:
+        dropped("unet.up_blocks.1.resnets.0.norm2")(folder)
+        in_manifest(low)(folder)
+
+    report = checked(damaged(bundles["onnx"], Damage("gone", apply), tmp_path / "bundle"))
+    assert report.verdict == "fail"
+    failed = {check.kind for check in report.checks if check.gated and check.status == "fail"}
+    assert "inside" in failed
+
+
+def other_taps(folder: Path) -> None:
+    first, second = (folder / f"golden/{name}.taps.safetensors" for name in ("unet", "vae_decoder"))
+    first.write_bytes(second.read_bytes())
+
+
+def test_taps_of_another_component_fail(bundles, tmp_path):
+    report = checked(damaged(bundles["onnx"], Damage("taps", other_taps), tmp_path / "bundle"))
+    assert report.verdict == "fail"
+
+
+@pytest.mark.parametrize(
+    ("file", "tensors"),
+    [
+        ("timesteps", {"timesteps": np.ones((3, 1), np.float32)}),
+        ("timesteps", {"timesteps": np.full(3, np.nan, np.float32)}),
+        ("vocabulary", {"lengths": np.ones(3, np.float32)}),
+        ("vocabulary", {"words": np.frombuffer(b"5", np.uint8)}),
+        ("vocabulary", {"words": np.frombuffer(b"[" * 100_000, np.uint8)}),
+        ("vocabulary", {"ids": np.ones((0, 16), np.int32)}),
+    ],
+)
+def test_a_damaged_file_of_what_golden_cases_do_not_show_is_one_sentence(
+    bundles, tmp_path, file, tensors
+):
+    def apply(folder: Path) -> None:
+        path = folder / f"golden/{file}.safetensors"
+        with safe_open(path, "numpy") as opened:
+            metadata = opened.metadata()
+        save_file(load_file(path) | tensors, path, metadata)
+
+    with pytest.raises(BundleError, match=f"{file}.safetensors.* make the bundle again"):
+        checked(damaged(bundles["onnx"], Damage(file, apply), tmp_path / "bundle"))
+
+
+def test_timesteps_of_another_schedule_fail(bundles, tmp_path):
+    def apply(folder: Path) -> None:
+        path = folder / taps.TIMESTEPS_PATH
+        taps.write(replace(taps.open_taps(path), timesteps=(3.0, 2.0, 1.0)), path)
+
+    report = checked(damaged(bundles["onnx"], Damage("other", apply), tmp_path / "bundle"))
+    (told,) = [check for check in report.checks if check.kind == "timesteps"]
+    assert told.status == "fail"
+    assert "not of the schedules' timesteps" in told.reason
+
+
+@pytest.mark.parametrize("change", [{"elements": 10**30}, {"snr_db": {"float32": float("nan")}}])
+def test_a_tap_that_cannot_be_is_one_sentence(bundles, tmp_path, change):
+    def apply(folder: Path) -> None:
+        path = folder / taps.path_of("unet")
+        found = taps.open_taps(path)
+        one = replace(found.taps[0], **change)
+        taps.write(replace(found, taps=(one, *found.taps[1:])), path)
+
+    with pytest.raises(BundleError, match="holds no taps; make the bundle again"):
+        checked(damaged(bundles["onnx"], Damage("tap", apply), tmp_path / "bundle"))
 
 
 def test_other_session_options_than_those_that_were_validated_are_refused(bundles, tmp_path):
