@@ -181,7 +181,7 @@ def test_a_killed_training_ends_where_an_uninterrupted_one_does(
 
     def save_and_die(*args: Any) -> None:
         save(*args)
-        if args[4] == 2:
+        if args[5] == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "_save", save_and_die)
