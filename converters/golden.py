@@ -12,7 +12,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from converters.components import Component
 from mobile_runtime import vocabulary
@@ -34,6 +34,11 @@ EMBEDDING = "token_embedding"
 """What CLIP's text encoder calls the layer that looks tokens up."""
 
 
+def path_of(component: str) -> str:
+    """Where a component's golden cases lie in a bundle."""
+    return f"golden/{component}.safetensors"
+
+
 def torch_runner(component: Component) -> Runner:
     """A component's torch module as named arrays in, named arrays out."""
 
@@ -50,13 +55,18 @@ def torch_runner(component: Component) -> Runner:
     return run
 
 
-def worst_snr_db(component: Component, cases: Sequence[Arrays], run: Runner) -> float:
+def worst_snr_db(component: Component, cases: Sequence[Arrays], run: Runner, folder: Path) -> float:
     """How far what a final file gives for the golden cases is from PyTorch, in dB; at most 100.
 
-    Zero where it gives nothing that can be compared.
+    folder: the bundle's, where `write` has put what PyTorch gives. Zero where the file gives
+    nothing that can be compared.
     """
-    wanted = torch_runner(component)
-    found = [check_outputs(wanted(case), run(case)) for case in cases]
+    known = load_file(folder / path_of(component.name))
+    wanted = [
+        {spec.name: known[f"{k}/out/{spec.name}"] for spec in component.outputs}
+        for k in range(len(cases))
+    ]
+    found = [check_outputs(out, run(case)) for out, case in zip(wanted, cases, strict=True)]
     figures = [verdict.figures for verdicts in found for verdict in verdicts]
     return min(min(one.snr_db, CEILING_DB) if one else 0.0 for one in figures)
 
@@ -191,7 +201,7 @@ def write(
             outputs = runners[name](inputs)
             for kind, arrays in (("in", inputs), ("out", outputs), ("source", source)):
                 tensors |= {f"{k}/{kind}/{key}": value for key, value in arrays.items()}
-        paths[name] = f"golden/{name}.safetensors"
+        paths[name] = path_of(name)
         _save(tensors, folder / paths[name])
     tensors = {}
     for k, (prompt, source_run) in enumerate(zip(cases.prompts, cases.runs, strict=True)):
