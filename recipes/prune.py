@@ -63,6 +63,7 @@ def run(pipeline: Any, settings: PruneSettings, work: Work) -> Outcome:
             matters = importance.taylor(unet, pipeline, chosen, work.recipe)
         else:
             matters = importance.magnitude(unet)
+        _check_finite(matters)
         competing = matters if chosen.spread == "importance" else None
         cuts = _cuts(unet, pipeline, chosen, work.recipe, competing)
         record["channels"] = {
@@ -71,6 +72,16 @@ def run(pipeline: Any, settings: PruneSettings, work: Work) -> Outcome:
         unet = widths.narrow(unet, {path: cut.stay(matters[path]) for path, cut in cuts.items()})
     record |= widths.told(unet)
     return Outcome(with_modules(pipeline, {"unet": unet}), record=record)
+
+
+def _check_finite(matters: dict[str, Tensor]) -> None:
+    """Refuse to choose by figures that are none."""
+    broken = [path for path, values in matters.items() if not bool(values.isfinite().all())]
+    if broken:
+        raise UserError(
+            f"channels.importance: that of {broken[0]} is not finite, as are {len(broken)} of "
+            f"{len(matters)}; the UNet's weights, or what they give, overflow"
+        )
 
 
 def _without_blocks(unet: Any, settings: PruneSettings) -> tuple[Any, tuple[str, ...]]:

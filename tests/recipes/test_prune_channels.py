@@ -139,6 +139,18 @@ def test_what_contributes_nothing_goes_and_the_output_stays(
         assert group.width * (2 if group.kind in parts else 1) == before[path].width
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+def test_weights_that_overflow_choose_nothing(importance: str) -> None:
+    """They are finite; their squares, and what they give, are not."""
+    own = make_tiny_pipeline()
+    with torch.no_grad():
+        own.unet.conv_in.weight.mul_(1e38)
+        own.unet.get_submodule(FEED_FORWARD).net[2].weight.fill_(1e38)
+    more = {"samples": 1} if importance == "taylor" else {}
+    with pytest.raises(UserError, match=r"channels\.importance: that of .* is not finite"):
+        pruned(own, macs=0.1, importance=importance, **more)
+
+
 def test_taylor_tells_how_far_the_output_moves_without_each_head(pipeline: Any) -> None:
     """As it moves where that head is switched off, in the same calls."""
     asked = recipe(channels(macs=0.1, samples=10))
