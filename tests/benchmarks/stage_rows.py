@@ -17,7 +17,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,12 @@ class Run:
         """A recipe of the package on this source, at this size."""
         own = {"source.model": self.model, "resolution": self.resolution}
         return schema.load(name, {**own, **changes})
+
+    def part_of(self, name: str, wanted: Set[str], changes: dict[str, Any]) -> Recipe:
+        """A recipe of the package, of whose stages only some are wanted."""
+        data = self.shipped(name, changes).resolved()
+        stages = [stage for stage in data["stages"] if wanted & stage.keys()]
+        return schema.parse({**data, "name": "part", "stages": stages})
 
     def open(self) -> Any:
         """The pipeline, with weights."""
@@ -179,11 +185,10 @@ def decoder(run: Run) -> Figures:
 def small_recipe(run: Run) -> Path:
     """sd_turbo_small_int8 without its training, with a decoder that is here; as a file."""
     changes = {"stages.decoder.model": str(taesd(run.folder)), "stages.decoder.held_out": 0}
-    data = run.shipped("sd_turbo_small_int8", changes).resolved()
-    data["name"] = "small"
-    data["stages"] = [stage for stage in data["stages"] if "distill" not in stage]
+    wanted = {"prune", "decoder", "fold", "quantize"}
+    recipe = run.part_of("sd_turbo_small_int8", wanted, changes)
     path = run.folder / "small.yaml"
-    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    path.write_text(yaml.safe_dump(recipe.resolved(), sort_keys=False))
     return path
 
 
@@ -204,8 +209,11 @@ def convert(run: Run) -> Figures:
     return figures
 
 
-def _trained(run: Run, recipe: Recipe, chosen: int) -> Figures:
-    """Run the first stages of a recipe, of which the last trains; the seconds of a step."""
+def _trained(run: Run, recipe: Recipe, chosen: int, figures: Sequence[str] = ()) -> Figures:
+    """Run the first stages of a recipe, of which the last trains; the seconds of a step.
+
+    figures: of the last stage's record, told besides.
+    """
     times: list[float] = []
     hook = register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
     pipeline = run.open()
@@ -217,8 +225,9 @@ def _trained(run: Run, recipe: Recipe, chosen: int) -> Figures:
     return {
         "optimizer_steps": len(times),
         "seconds_a_step": round(float(np.median(np.diff(times))), 2),
-        "student_parameters": count_parameters(applied.pipeline.unet),
+        "unet_parameters": count_parameters(applied.pipeline.unet),
         "finite": bool(_output(applied.pipeline, run).isfinite().all()),
+        **{key: applied.records[-1][key] for key in figures},
     }
 
 
@@ -281,6 +290,37 @@ def finetune(run: Run) -> Figures:
     return _trained(run, recipe, 2)
 
 
+def finetune_w8a8(run: Run) -> Figures:
+    """sd_turbo_tiny_384_w8a8's fine-tuning of BK-Tiny in the rounding of W8A8, keeping no layer."""
+    changes = {f"stages.finetune.{key}": value for key, value in _training(run).items()}
+    changes |= {"stages.quantize.keep": None, "stages.quantize.calibration.samples": 2}
+    wanted = {"prune", "finetune", "fold", "quantize"}
+    recipe = run.part_of("sd_turbo_tiny_384_w8a8", wanted, _with_taesd(run, changes))
+    figures = ("layers", "output_snr_db_before", "output_snr_db_after")
+    return _trained(run, recipe, 2, figures)
+
+
+def decoder_trained(run: Run) -> Figures:
+    """sd_turbo_tiny_384_w8a8's training of TAESD on the features of the VAE encoder."""
+    changes = {f"stages.decoder.{key}": value for key, value in _training(run).items()}
+    changes |= {"stages.decoder.pictures": 2, "stages.decoder.held_out": 2}
+    del changes["stages.decoder.gradient_checkpointing"]
+    recipe = run.part_of("sd_turbo_tiny_384_w8a8", {"decoder"}, _with_taesd(run, changes))
+    return _trained(run, recipe, 1, ("held_out_psnr_db",))
+
+
+def resolution(run: Run) -> Figures:
+    """BK-Small adapted to half the size of the pictures that the whole UNet draws."""
+    settings = {"drawn_at": 2 * run.resolution, "pictures": 2, "draw_steps": 1}
+    stage = {"resolution": {**settings, **_training(run)}}
+    recipe = run.recipe({"prune": {"blocks": "bk_small"}}, stage)
+    return _trained(run, recipe, 2, ("vae_psnr_db",))
+
+
+def _with_taesd(run: Run, changes: dict[str, Any]) -> dict[str, Any]:
+    return {**changes, "stages.decoder.model": str(taesd(run.folder))}
+
+
 @dataclass(frozen=True)
 class Row:
     """What runs, at which size, and how long that takes on two cores, about."""
@@ -309,6 +349,9 @@ ROWS: dict[str, Row] = {
     "lcm": Row(lcm, 6, 256),
     "lcm-lora": Row(lcm_lora, 6, 256),
     "finetune": Row(finetune, 7, 256),
+    "finetune-w8a8": Row(finetune_w8a8, 10, 256),
+    "decoder-trained": Row(decoder_trained, 10, 384),
+    "resolution": Row(resolution, 10, 128),
 }
 
 
