@@ -333,7 +333,7 @@ def _lower(
     at_conversion = None
     if lowered.run:
         progress(f"run {component.name}")
-        made_on = tapping.this_machine(lowered.run.backend)
+        made_on = tapping.machine(lowered.run.backend)
         snr_db = golden.worst_snr_db(component, seen.cases, lowered.run.call, writer.path)
         at_conversion = AtConversion(snr_db=snr_db, made_on=made_on)
     if any(plan.activations != "none" for plan in mine):

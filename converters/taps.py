@@ -144,7 +144,7 @@ def record(
     return Taps(
         tuple(tap for tap, _ in found),
         np.array([sketch for _, sketch in found], np.float32).reshape(-1, sk.SKETCH_SIZE),
-        taps.this_machine(watch.backend),
+        taps.machine(watch.backend),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from mobile_runtime import backends, taps, vocabulary
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.goldens import Arrays, Case, golden_cases
+from mobile_runtime.latency import Environment
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.parity import (
     Status,
@@ -66,9 +67,16 @@ def component_kinds(bundle: Bundle, component: ComponentName, runtime: Runtime) 
 
 
 def check_component(
-    bundle: Bundle, component: ComponentName, runtime: Runtime, run: ComponentRun | NoRun
+    bundle: Bundle,
+    component: ComponentName,
+    runtime: Runtime,
+    run: ComponentRun | NoRun,
+    there: Environment | None = None,
 ) -> list[Check]:
-    """Hold what a component gave against its references."""
+    """Hold what a component gave against its references.
+
+    there: of the device that it ran on, where nothing was emulated.
+    """
     tell = Teller(component, runtime.label)
     if isinstance(run, NoRun):
         return [tell("outputs", run.status, run.reason)]
@@ -78,7 +86,7 @@ def check_component(
     form = f"{len(cases)} cases have the names, shapes and dtypes of the reference, all finite"
     checks = [
         tell("outputs", "fail" if fault else "pass", fault or form),
-        _same_function(tell, bundle, component, runtime, cases, outputs),
+        _same_function(tell, bundle, component, runtime, cases, outputs, there),
         _figures(tell, "source", cases, outputs, gates.source_component_snr_db),
         _repeat(tell, outputs[0], run.again),
     ]
@@ -219,9 +227,10 @@ def _same_function(
     runtime: Runtime,
     cases: Sequence[Case],
     outputs: Sequence[Arrays],
+    there: Environment | None,
 ) -> Check:
     gates = bundle.manifest.gates
-    had_db = _had_db(bundle, component, runtime)
+    had_db = _had_db(bundle, component, runtime, there)
     if not bundle.quantized_layers(component) or gates.layer_snr_db is None:
         gate_db = runtime.gate_db(gates)
         gate_db = gate_db if gate_db is None or had_db is None else max(gate_db, had_db)
@@ -235,10 +244,14 @@ def _same_function(
     return check.model_copy(update={"reason": f"{check.reason}; {why}"})
 
 
-def _had_db(bundle: Bundle, component: str, runtime: Runtime) -> float | None:
+def _had_db(
+    bundle: Bundle, component: str, runtime: Runtime, there: Environment | None
+) -> float | None:
     """What the outputs must have where they were made: nobody can look at the inside there."""
     known = bundle.component(component).at_conversion
-    if known is None or runtime.device or not taps.made_here(known.made_on, runtime):
+    if known is None or (runtime.device and there is None):
+        return None
+    if not taps.as_made(known.made_on, runtime, there):
         return None
     return known.snr_db - taps.SAME_MACHINE_DB
 

@@ -14,7 +14,7 @@ from mobile_runtime.jobs import (
     ResultError,
     under,
 )
-from mobile_runtime.latency import BUDGET_S, Latency, Timing, plain, summary
+from mobile_runtime.latency import BUDGET_S, Environment, Latency, Timing, plain, summary
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.pipeline_checks import check_prompt
 from mobile_runtime.report import PIPELINE, Check, Pictures
@@ -40,10 +40,17 @@ class Judged:
 
 
 def judge_component(
-    bundle: Bundle, component: ComponentName, runtime: Runtime, run: ComponentRun | NoRun
+    bundle: Bundle,
+    component: ComponentName,
+    runtime: Runtime,
+    run: ComponentRun | NoRun,
+    there: Environment | None = None,
 ) -> Judged:
-    """Hold one component's run against its references."""
-    checks = check_component(bundle, component, runtime, run)
+    """Hold one component's run against its references.
+
+    there: of the device that it ran on, where nothing was emulated.
+    """
+    checks = check_component(bundle, component, runtime, run, there)
     judged = Judged(checks)
     outputs = next(check for check in checks if check.kind == "outputs")
     # How long a wrong model takes is of no use.
@@ -81,11 +88,21 @@ def judge_result(
     troubles: of tasks without a sound record, why. A damaged record fails.
     """
     judged = Judged()
+    there = _real_environment(result)
     for component, run in component_runs(result, troubles).items():
-        judged.add(judge_component(bundle, component, runtime, run))
+        judged.add(judge_component(bundle, component, runtime, run, there))
     runs = {task.index: _prompt_run(result, task, troubles) for task in result.job.prompts}
     judged.add(judge_prompts(bundle, runtime, runs))
     return judged
+
+
+def _real_environment(result: Result) -> Environment | None:
+    """Of the device; None where it is emulated, so that its bits are another processor's."""
+    try:
+        facts = result.device()
+    except ResultError:
+        return None
+    return None if facts is None or facts.emulated else facts.environment
 
 
 def component_runs(

@@ -52,6 +52,8 @@ RelativePath = Annotated[str, AfterValidator(_inside)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
 SUFFIXES = {"onnx": ".onnx", "ort": ".ort", "mlpackage": ".mlpackage", "pte": ".pte"}
 """Of a model's path, by its format."""
+LAYOUTS = {1: "N", 2: "NL", 3: "NLD", 4: "NCHW"}
+"""Of a component's tensors, by their number of axes."""
 
 
 class Strict(BaseModel):
@@ -315,7 +317,8 @@ class Manifest(Strict):
         faults = [f"there is no {name}" for name in PIPELINE_COMPONENTS if name not in names]
         faults += [f"the component {name} is listed twice" for name in _repeated(names)]
         faults += [f"the file {path} is listed twice" for path in _repeated(paths)]
-        faults += self._faults_of_sizes() + self._faults_of_schedules() + self._faults_of_gates()
+        faults += self._faults_of_sizes() + self._faults_of_layouts()
+        faults += self._faults_of_schedules() + self._faults_of_gates()
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -331,6 +334,16 @@ class Manifest(Strict):
                     f"the component {entry.name} has {entry.bytes} bytes, and its files have {size}"
                 )
         return faults
+
+    def _faults_of_layouts(self) -> list[str]:
+        """An app fills its tensors by their layout's letters, in this order."""
+        return [
+            f"{entry.name} has {spec.name} in the layout {spec.layout!r}, and there is "
+            f"{LAYOUTS.get(len(spec.shape), 'none')} for {len(spec.shape)} axes"
+            for entry in self.components
+            for spec in (*entry.inputs, *entry.outputs)
+            if LAYOUTS.get(len(spec.shape)) != spec.layout
+        ]
 
     def _faults_of_schedules(self) -> list[str]:
         """One table a number of steps, and golden prompts for what an app does by default."""

@@ -26,7 +26,7 @@ from mobile_runtime import backends
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError, UserError
 from mobile_runtime.goldens import golden_cases
-from mobile_runtime.latency import environment
+from mobile_runtime.latency import Environment, environment
 from mobile_runtime.manifest import ComponentName
 from mobile_runtime.runs import NoRun, Runtime, brief
 from mobile_runtime.sketches import SKETCH_SIZE, sketch, sketch_snr_db
@@ -75,12 +75,16 @@ class Taps:
 
 @dataclass(frozen=True)
 class TapFigure:
-    """What a tap has now. snr_db: NaN where the value is not finite."""
+    """What a tap has now. snr_db: NaN where the value is not finite, or not in the file any more.
+
+    gone: the latter.
+    """
 
     tap: Tap
     snr_db: float
     diverges: bool
     wrong: bool
+    gone: bool = False
 
 
 def path_of(component: str) -> str:
@@ -98,18 +102,21 @@ def write(taps: Taps, path: Path) -> None:
     save_file(tensors, path, metadata)
 
 
-def this_machine(backend: str) -> str:
-    """What decides the bits that come out here: the processor and the runtime's version."""
-    here = environment()
+def machine(backend: str, there: Environment | None = None) -> str:
+    """What decides the bits that come out: the processor and the runtime's version.
+
+    there: of another machine, or process, than this one.
+    """
+    there = there or environment()
     runtime = {"mil": "torch"}.get(backend, backend)
-    version = here.libraries.get(runtime, "none")
-    return f"{here.cpu} ({' '.join(here.cpu_flags)}), {runtime} {version}"
+    version = there.libraries.get(runtime, "none")
+    return f"{there.cpu} ({' '.join(there.cpu_flags)}), {runtime} {version}"
 
 
-def made_here(made_on: str, runtime: Runtime) -> bool:
-    """Whether that was this machine and runtime, computing as it does now."""
+def as_made(made_on: str, runtime: Runtime, there: Environment | None = None) -> bool:
+    """Whether a bundle was made on such a machine and runtime, computing as it does now."""
     usual = runtime.options.get("exact", True) and "providers" not in runtime.options
-    return bool(usual) and made_on == this_machine(runtime.backend)
+    return bool(usual) and made_on == machine(runtime.backend, there)
 
 
 def read(bundle: Bundle, component: ComponentName) -> Taps | None:
@@ -117,7 +124,14 @@ def read(bundle: Bundle, component: ComponentName) -> Taps | None:
     relative = bundle.manifest.golden.taps.get(component)
     if relative is None:
         return None
-    return open_taps(bundle.file(relative))
+    taps = open_taps(bundle.file(relative))
+    told: Any = bundle.component(component).details.get("taps")
+    if isinstance(told, dict) and told.get("found") != len(taps.taps):
+        raise BundleError(
+            f"{bundle.file(relative)} has {len(taps.taps)} taps, not the {told.get('found')} that "
+            "were found at conversion; make the bundle again"
+        )
+    return taps
 
 
 def open_taps(path: Path) -> Taps:
@@ -212,7 +226,7 @@ def _held(
         return NoRun("not_run", str(error))
     except Exception as error:  # the runtimes' own errors share no class
         return NoRun("fail", f"the values inside cannot be looked at: {brief(error)}")
-    bounds = _bounds(bundle, component, made_here(taps.made_on, runtime))
+    bounds = _bounds(bundle, component, as_made(taps.made_on, runtime))
     return tuple(
         _figure(tap, reference, given, runtime.arithmetic, bounds)
         for tap, reference, given in zip(taps.taps, taps.sketches, seen, strict=True)
@@ -262,7 +276,8 @@ def _figure(
     snr_db = math.nan if given is None else sketch_snr_db(reference, given)
     lost = min(tap.snr_db.get(arithmetic, bounds.ceiling), bounds.ceiling) - snr_db
     # Asked so that a NaN diverges, and is wrong.
-    return TapFigure(tap, snr_db, not lost <= bounds.diverges, not lost <= bounds.wrong)
+    diverges, wrong = not lost <= bounds.diverges, not lost <= bounds.wrong
+    return TapFigure(tap, snr_db, diverges, wrong, gone=given is None)
 
 
 def first_that_diverges(figures: Sequence[TapFigure]) -> TapFigure | None:
@@ -272,6 +287,8 @@ def first_that_diverges(figures: Sequence[TapFigure]) -> TapFigure | None:
 
 def tell(figure: TapFigure, arithmetic: str) -> str:
     """A figure in words."""
+    if figure.gone:
+        return f"{figure.tap.layer} ({figure.tap.op}), whose value is not in the file any more"
     now = "not finite" if math.isnan(figure.snr_db) else f"{figure.snr_db:.1f} dB"
     before = figure.tap.snr_db.get(arithmetic)
     had = f"; it had {before:.1f} dB at conversion" if before is not None else ""

@@ -185,6 +185,7 @@ DAMAGES = [
         on_weight(f"{MID}.resnets.0.conv1", np.zeros_like),
         f"{MID}.resnets.0.conv1",
     ),
+    Damage("a layer gone", dropped(f"{MID}.resnets.1.norm2"), f"{MID}.resnets.1.norm2"),
     Damage(
         "a scale doubled",
         on_weight(f"{ATTENTION}.ff.net.2", doubled, part=1),
@@ -401,20 +402,22 @@ def test_a_package_that_describes_itself_otherwise_is_refused(bundles, tmp_path,
 
 
 def test_a_layer_that_is_gone_fails_though_every_gate_is_passed(bundles, tmp_path):
-    """Its value cannot be looked at any more. The gates are low, as those of INT8 activations."""
+    """The gates are low, as those of INT8 activations."""
+    layer = "unet.up_blocks.1.resnets.0.norm2"
 
     def low(manifest: dict[str, Any]) -> None:
         manifest["gates"] |= {"component_snr_db": 0.01, "trajectory_snr_db": 0.01}
         manifest["gates"]["picture_psnr_db"] = 1.0
 
     def apply(folder: Path) -> None:
-        dropped("unet.up_blocks.1.resnets.0.norm2")(folder)
+        dropped(layer)(folder)
         in_manifest(low)(folder)
 
     report = checked(damaged(bundles["onnx"], Damage("gone", apply), tmp_path / "bundle"))
     assert report.verdict == "fail"
-    failed = {check.kind for check in report.checks if check.gated and check.status == "fail"}
-    assert "inside" in failed
+    (inside,) = [c for c in report.checks if c.kind == "inside" and c.component == "unet"]
+    assert (inside.status, inside.gated, inside.details["layer"]) == ("fail", True, layer)
+    assert "not in the file any more" in inside.reason
 
 
 def other_taps(folder: Path) -> None:
@@ -422,8 +425,27 @@ def other_taps(folder: Path) -> None:
     first.write_bytes(second.read_bytes())
 
 
-def test_taps_of_another_component_fail(bundles, tmp_path):
-    report = checked(damaged(bundles["onnx"], Damage("taps", other_taps), tmp_path / "bundle"))
+def fewer_taps(folder: Path) -> None:
+    path = folder / "golden/unet.taps.safetensors"
+    found = taps.open_taps(path)
+    taps.write(taps.Taps(found.taps[:3], found.sketches[:3], found.made_on), path)
+
+
+def shifted_taps(folder: Path) -> None:
+    path = folder / "golden/unet.taps.safetensors"
+    found = taps.open_taps(path)
+    taps.write(taps.Taps(found.taps, np.roll(found.sketches, 1, axis=0), found.made_on), path)
+
+
+@pytest.mark.parametrize("change", [other_taps, fewer_taps])
+def test_taps_that_are_not_those_of_the_conversion_are_refused(bundles, change, tmp_path):
+    folder = damaged(bundles["onnx"], Damage("taps", change), tmp_path / "bundle")
+    with pytest.raises(BundleError, match="taps, not the"):
+        checked(folder)
+
+
+def test_taps_of_other_values_fail(bundles, tmp_path):
+    report = checked(damaged(bundles["onnx"], Damage("taps", shifted_taps), tmp_path / "bundle"))
     assert report.verdict == "fail"
 
 

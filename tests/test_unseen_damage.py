@@ -14,6 +14,7 @@ from converters import cli
 from mobile_runtime import taps
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError
+from mobile_runtime.on_devices import Asked, validate_on
 from mobile_runtime.report import Report
 from mobile_runtime.validate import validate
 from tests.converters.small import make_small_pipeline
@@ -151,11 +152,18 @@ def slightly_wrong(model: Path):
     return apply
 
 
-def test_executorch_outputs_are_held_to_what_they_were_where_they_were_made(executorch, tmp_path):
-    assert checked(executorch).verdict == "pass"
+def checked_in_a_process(folder: Path) -> Report:
+    return validate_on(Bundle.open(folder), ["local"], Asked(repeats=0))
+
+
+@pytest.mark.parametrize("judge", [checked, checked_in_a_process])
+def test_executorch_outputs_are_held_to_what_they_were_where_they_were_made(
+    executorch, judge, tmp_path
+):
+    assert judge(executorch).verdict == "pass"
     damage = Damage("slightly", slightly_wrong(executorch.parent / "model"))
     folder = damaged(executorch, damage, tmp_path / "bundle")
-    report = checked(folder)
+    report = judge(folder)
     (wrong,) = [check for check in report.checks if check.gated and check.status == "fail"]
     assert (wrong.component, wrong.kind) == ("vae_decoder", "same_function")
     assert 60 < wrong.value < wrong.gate
@@ -165,4 +173,4 @@ def test_executorch_outputs_are_held_to_what_they_were_where_they_were_made(exec
             component["at_conversion"]["made_on"] = "another processor"
 
     in_manifest(other_machine)(folder)
-    assert checked(folder).verdict == "pass"  # rounds otherwise, so that only the gate counts
+    assert judge(folder).verdict == "pass"  # rounds otherwise, so that only the gate counts

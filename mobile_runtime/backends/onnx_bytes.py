@@ -18,6 +18,18 @@ def more_outputs(names: Sequence[str]) -> bytes:
     return _field(GRAPH, b"".join(_output(name) for name in names))
 
 
+def computed(model: bytes) -> set[str]:
+    """The names of all values that a model's nodes compute."""
+    return {
+        name
+        for number, content, _ in _fields(memoryview(model))
+        if number == GRAPH
+        for own, node, _ in _fields(content)
+        if own == NODE
+        for name in _names(node, NODE_OUTPUT)
+    }
+
+
 def cut(model: bytes, names: Sequence[str]) -> bytes:
     """The model as far as it takes to compute some of its values, which are then its outputs.
 

@@ -87,12 +87,13 @@ def watch(
 ) -> None:
     """Run an `.onnx` file and show values inside it; they are taken out as outputs, some at a time.
 
-    wanted: names of values and how many elements each has. outputs: the model's own. An operator
-    whose value is taken out is not fused with the next one, so a last bit may differ from a run
-    without.
+    wanted: names of values and how many elements each has; those that the file has not are not
+    shown. outputs: the model's own. An operator whose value is taken out is not fused with the next
+    one, so a last bit may differ from a run without.
     """
     model = path.read_bytes()
-    for names in _portions(wanted):
+    there = onnx_bytes.computed(model)
+    for names in _portions({name: size for name, size in wanted.items() if name in there}):
         options = _session_options(exact, threads)
         _weights_beside(options, path)
         inside = [name for name in names if name not in outputs]

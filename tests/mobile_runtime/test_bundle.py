@@ -187,6 +187,7 @@ def changed(data: Any, path: str, value: Any) -> Any:
         ("components.1.macs", 10**400, r"components\.1\.macs: Input should be less than"),
         ("components.1.format", "ort", r"components\.1: unet/model.onnx is no file of the format"),
         ("components.1.outputs.0.layout", "NC", "the layout 'NC' does not name 4 axes"),
+        ("components.1.inputs.0.layout", "NHWC", "unet has sample in the layout 'NHWC', and there"),
         ("arithmetic", "float16", "compute in float16, and there is no gate float16_snr_db"),
         (
             "files.1.path",
