@@ -257,7 +257,7 @@ def write_tokens(tokens: Vocabulary, taps: Mapping[ComponentName, str], folder: 
 def _between_models(seen: Mapping[str, list[tuple[Arrays, Arrays]]]) -> Arrays:
     """What the sampler gave to the models in one run, and what it got from the UNet.
 
-    n calls of the UNet: out_sample (n, B, C, h, w), timestep (n,), and sample as sketches (n, 64);
+    n calls of the UNet: out_sample (n, B, C, h, w), timestep (n,), and sample as sketches (n, 67);
     latent_sample (1, C, h, w) of the decoder. All float32.
     """
     calls = seen["unet"]

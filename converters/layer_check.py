@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.components import Component
-from mobile_runtime.manifest import TensorSpec
+from mobile_runtime.manifest import LAYOUTS, TensorSpec
 from mobile_runtime.sketches import HIGHEST_DB
 from recipes.losses import snr_db
 
@@ -101,7 +101,7 @@ def _beside(layers: Layers, inputs: list[Tensor], outputs: list[Tensor]) -> Comp
                 name=f"{name}_{k}",
                 shape=tuple(tensor.shape),
                 dtype="float32",
-                layout="N" * tensor.dim(),
+                layout=LAYOUTS.get(tensor.dim(), "N" * tensor.dim()),
                 description="Of one layer.",
             )
             for k, tensor in enumerate(tensors)

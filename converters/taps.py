@@ -193,7 +193,7 @@ def record_timesteps(
 
 
 def _closest(one: Computed, names: Sequence[str], sketches: np.ndarray) -> tuple[int, float]:
-    """Which of the file's values (V, 64) is it: of its name, else the most like it; and the SNR."""
+    """Which of the file's values (V, 67) is it: of its name, else the most like it; and the SNR."""
     noise = np.square(sketches - one.sketch, dtype=np.float64).sum(1)
     if not np.isfinite(noise).any():
         return 0, -sk.HIGHEST_DB

@@ -24,6 +24,10 @@ CALLS = {"text_encoder": {1, 2}, "vae_decoder": {1}}
 """How often a picture calls them: the text encoder for the negative prompt, too."""
 
 
+COARSEST_MS = 1.0
+"""Of a device's clock."""
+
+
 @dataclass
 class Judged:
     """What a report is made of."""
@@ -171,6 +175,8 @@ def _untimely(timing: Timing, task: ComponentTask | PromptTask) -> str | None:
         return None
     if not timing.times_ms:
         return "has no timed calls, and the job asks for some"
+    if len(timing.times_ms) > task.repeats:
+        return f"has {len(timing.times_ms)} timed calls, and the job asks for {task.repeats}"
     if len(timing.times_ms) < task.repeats and sum(timing.times_ms) < 900 * BUDGET_S:
         return (
             f"has {len(timing.times_ms)} timed calls, and the job asks for {task.repeats} or "
@@ -192,4 +198,7 @@ def _parts_fault(timing: Timing, task: ComponentTask | PromptTask) -> str | None
     for name, times in timing.parts_ms.items():
         if len(times) not in calls.get(name, ()):
             return f"tells {len(times)} times of {plain(name, 40)!r}, which is not what it calls"
+    parts_ms, whole_ms = sum(map(sum, timing.parts_ms.values())), timing.times_ms[-1]
+    if parts_ms > whole_ms + COARSEST_MS:
+        return f"tells {parts_ms:g} ms of model calls in a picture of {whole_ms:g} ms"
     return None

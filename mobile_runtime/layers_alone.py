@@ -8,7 +8,7 @@ in a small bundle of its own; so that every device that runs bundles runs it as 
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,17 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mobile_runtime import backends, sketches, taps
+from mobile_runtime import backends, layer_cuts, sketches, taps
 from mobile_runtime.bundle import Bundle, BundleWriter
 from mobile_runtime.devices import Device
 from mobile_runtime.devices.folder import FolderDevice
-from mobile_runtime.errors import UserError, missing_backend
+from mobile_runtime.errors import UserError
 from mobile_runtime.goldens import Arrays, golden_cases
-from mobile_runtime.manifest import ComponentName, Golden, TensorSpec
+from mobile_runtime.manifest import LAYOUTS, ComponentName, Golden, TensorSpec
 from mobile_runtime.on_devices import Asked, run_on
 from mobile_runtime.parity import measure
 from mobile_runtime.runs import ComponentRun
 from mobile_runtime.validate import run_here, runtimes
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One layer in the graph: its nodes in order, the float values it reads, and its result."""
-
-    layer: str
-    nodes: tuple[Any, ...]
-    inputs: tuple[str, ...]
-    output: str
 
 
 @dataclass(frozen=True)
@@ -129,10 +119,7 @@ def cut_out(bundle: Bundle, folder: Path) -> tuple[Bundle, dict[ComponentName, t
     The one golden case of a component holds what its layers read, and what they give, in a run
     here. A component that has none is a model that gives back a number.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise missing_backend("onnx", "onnx", "cutting layers out of a model") from error
+    onnx = layer_cuts.import_onnx()
     names = [entry.name for entry in bundle.manifest.components]
     if bundle.manifest.target != "onnx":
         raise UserError(f"layers are cut out of .onnx files, and {bundle.path} has none")
@@ -140,22 +127,21 @@ def cut_out(bundle: Bundle, folder: Path) -> tuple[Bundle, dict[ComponentName, t
     if not any(wanted.values()):
         raise UserError(f"{bundle.path} has no layer with quantized activations")
     parts = {
-        name: _part(onnx, bundle, name, set(layers)) if layers else _nothing(onnx)
+        name: _part(bundle, name, layers) if layers else _nothing(onnx)
         for name, layers in wanted.items()
     }
     small = _bundle(onnx, bundle, parts, folder)
     return small, {name: part.layers for name, part in parts.items() if part.layers}
 
 
-def _part(onnx: Any, bundle: Bundle, component: ComponentName, wanted: set[str]) -> Part:
+def _part(bundle: Bundle, component: ComponentName, wanted: Sequence[str]) -> Part:
     """Cut the wanted layers out of a component; what they read comes from a run here."""
     entry, known = bundle.component(component), taps.read(bundle, component)
     if entry.format != "onnx":
         raise UserError(f"layers are cut out of .onnx files, and {entry.path} is none")
     if known is None:
         raise UserError(f"{bundle.path} was made without taps; convert it again")
-    model = onnx.load(bundle.file(entry.path))
-    cuts = list(_cuts(model.graph, known, wanted))
+    model, cuts = layer_cuts.cut(bundle.file(entry.path), known, wanted)
     feeds = golden_cases(bundle, component)[0].inputs
     seen = dict(feeds)
     # How large each is, the file does not tell; none is larger than the largest value inside.
@@ -168,7 +154,7 @@ def _part(onnx: Any, bundle: Bundle, component: ComponentName, wanted: set[str])
         [spec.name for spec in entry.outputs],
         lambda name, value: seen.update({name: value.copy()}),
     )
-    made, fed = _beside(onnx, model, cuts, seen)
+    made, fed = layer_cuts.beside(model, cuts, seen)
     return Part(tuple(one.layer for one in cuts), made, fed)
 
 
@@ -186,83 +172,6 @@ def _nothing(onnx: Any) -> Part:
     return Part((), model, {"x": np.ones(1, np.float32)})
 
 
-def _cuts(graph: Any, known: taps.Taps, wanted: set[str]) -> Iterable[Cut]:
-    """Where each wanted layer begins and ends in the graph."""
-    makers = {output: node for node in graph.node for output in node.output}
-    readers: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    places = {id(node): k for k, node in enumerate(graph.node)}
-    for tap in known.taps:
-        if tap.layer not in wanted:
-            continue
-        wanted.discard(tap.layer)
-        behind = _behind(tap.value, readers)
-        nodes, inputs, waiting = list(behind), dict[str, None](), [tap.value]
-        while waiting:
-            name = waiting.pop()
-            node = makers.get(name)
-            if node is None or node in nodes:
-                if node is None and name in {one.name for one in graph.input}:
-                    inputs[name] = None
-                continue
-            nodes.append(node)
-            if node.op_type == "QuantizeLinear" and node.input[0] in makers:
-                inputs[node.input[0]] = None
-                waiting += node.input[1:]
-            else:
-                waiting += node.input
-        nodes.sort(key=lambda node: places[id(node)])
-        output = behind[-1].output[0] if behind else tap.value
-        yield Cut(tap.layer, tuple(nodes), tuple(inputs), output)
-
-
-def _behind(value: str, readers: dict[str, list[Any]]) -> list[Any]:
-    """The QuantizeLinear and DequantizeLinear behind a layer's result, if it is quantized."""
-    for node in readers.get(value, ()):
-        if node.op_type == "QuantizeLinear":
-            for last in readers.get(node.output[0], ()):
-                if last.op_type == "DequantizeLinear":
-                    return [node, last]
-    return []
-
-
-def _beside(onnx: Any, model: Any, cuts: Sequence[Cut], seen: Arrays) -> tuple[Any, Arrays]:
-    """One model of all the layers, and what to feed it. Only their constants keep their names."""
-    nodes, inputs, outputs, fed = [], [], [], Arrays()
-    constants: set[str] = set()
-    known = {one.name for one in model.graph.initializer}
-    for k, one in enumerate(cuts):
-        names = {one.output: f"y{k}"}
-        for j, name in enumerate(one.inputs):
-            names[name] = f"x{k}_{j}"
-            fed[f"x{k}_{j}"] = np.ascontiguousarray(seen[name])
-            kind = onnx.helper.np_dtype_to_tensor_dtype(seen[name].dtype)
-            inputs.append(onnx.helper.make_tensor_value_info(f"x{k}_{j}", kind, seen[name].shape))
-        outputs.append(onnx.ValueInfoProto(name=f"y{k}"))
-        for node in one.nodes:
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            copy.name = f"layer{k}_{node.name}"
-            for field in (copy.input, copy.output):
-                for i, name in enumerate(field):
-                    if name and name not in known:
-                        field[i] = names.setdefault(name, f"layer{k}_{name}")
-            constants |= set(node.input) & known
-            nodes.append(copy)
-    graph = onnx.helper.make_graph(
-        nodes,
-        "layers",
-        inputs,
-        outputs,
-        [one for one in model.graph.initializer if one.name in constants],
-    )
-    made = onnx.helper.make_model(graph, opset_imports=model.opset_import)
-    made.ir_version = model.ir_version
-    return made, fed
-
-
 def _bundle(onnx: Any, bundle: Bundle, parts: Mapping[ComponentName, Part], folder: Path) -> Bundle:
     """A bundle of these models; a golden case is what one gives here, unoptimized."""
     manifest = bundle.manifest
@@ -275,8 +184,9 @@ def _bundle(onnx: Any, bundle: Bundle, parts: Mapping[ComponentName, Part], fold
         for component, part in parts.items():
             path = f"{component}/model.onnx"
             (writer.path / component).mkdir()
+            given = layer_cuts.unoptimized(part.model, part.fed)
+            _declare(onnx, part.model, given)
             onnx.save(part.model, writer.path / path)
-            given = _unoptimized(part)
             golden[component] = f"golden/{component}.safetensors"
             tensors = {f"0/in/{name}": value for name, value in part.fed.items()}
             for kind in ("out", "source"):
@@ -287,6 +197,7 @@ def _bundle(onnx: Any, bundle: Bundle, parts: Mapping[ComponentName, Part], fold
                 "inputs": _specs(part.fed),
                 "outputs": _specs(given),
                 "bytes": (writer.path / path).stat().st_size,
+                "details": {},
             }
             entries.append(bundle.component(component).model_copy(update=changed))
         save_file({"none": np.zeros(1, np.float32)}, writer.path / "golden/pipeline.safetensors")
@@ -305,18 +216,12 @@ def _bundle(onnx: Any, bundle: Bundle, parts: Mapping[ComponentName, Part], fold
         return writer.commit(manifest.model_copy(update=changed))
 
 
-def _unoptimized(part: Part) -> Arrays:
-    """What the layers give with every QuantizeLinear and DequantizeLinear computed by itself."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        part.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, part.fed), strict=True))
+def _declare(onnx: Any, model: Any, given: Arrays) -> None:
+    """Tell the outputs' types and shapes, which nobody knows before they are computed."""
+    for output in model.graph.output:
+        value = given[output.name]
+        kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+        output.CopyFrom(onnx.helper.make_tensor_value_info(output.name, kind, value.shape))
 
 
 def _specs(tensors: Arrays) -> tuple[TensorSpec, ...]:
@@ -325,7 +230,7 @@ def _specs(tensors: Arrays) -> tuple[TensorSpec, ...]:
             name=name,
             shape=value.shape,
             dtype="float32",
-            layout="N" * value.ndim,
+            layout=LAYOUTS.get(value.ndim, "N" * value.ndim),
             description="Of one layer.",
         )
         for name, value in tensors.items()

@@ -339,10 +339,10 @@ class Manifest(Strict):
         """An app fills its tensors by their layout's letters, in this order."""
         return [
             f"{entry.name} has {spec.name} in the layout {spec.layout!r}, and there is "
-            f"{LAYOUTS.get(len(spec.shape), 'none')} for {len(spec.shape)} axes"
+            f"{LAYOUTS[len(spec.shape)]} for {len(spec.shape)} axes"
             for entry in self.components
             for spec in (*entry.inputs, *entry.outputs)
-            if LAYOUTS.get(len(spec.shape)) != spec.layout
+            if LAYOUTS.get(len(spec.shape), spec.layout) != spec.layout
         ]
 
     def _faults_of_schedules(self) -> list[str]:

@@ -143,6 +143,8 @@ def _sampler(tell: Teller, bundle: Bundle, case: PromptCase) -> Check:
     if not case.between:
         reason = "the bundle does not hold PyTorch's model outputs to replay; convert it again"
         return tell("sampler", "not_run", reason).model_copy(update={"gated": False})
+    if fault := _fresh_noise_fault(bundle, case):
+        return tell("sampler", "fail", fault)
     verdicts = []
     try:
         pipeline, fed = _replayed(bundle, case)
@@ -166,6 +168,17 @@ def _sampler(tell: Teller, bundle: Bundle, case: PromptCase) -> Check:
     worst = min(verdicts, key=rank)
     reason = f"replayed with PyTorch's model outputs, {worst.reason}"
     return tell("sampler", worst.status, reason, gate=SAMPLER_SNR_DB, **figures_of(worst))
+
+
+def _fresh_noise_fault(bundle: Bundle, case: PromptCase) -> str | None:
+    """The first step that adds noise where PyTorch added none; its stored noise is zeros."""
+    table = bundle.manifest.schedule(case.golden.steps)
+    if table is None or case.fresh_noise is None:
+        return None
+    for step, (row, noise) in enumerate(zip(table.rows, case.fresh_noise, strict=True), start=1):
+        if row.d != 0 and not noise.any():
+            return f"step {step} of {table.steps} adds fresh noise, and PyTorch added none there"
+    return None
 
 
 def _replayed(bundle: Bundle, case: PromptCase) -> tuple[Pipeline, dict[str, list[np.ndarray]]]:

@@ -6,6 +6,7 @@ compared. A trace for Perfetto (or chrome://tracing) is kept.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import statistics
@@ -89,10 +90,17 @@ def profile(
     if not cases:
         raise UserError(f"{bundle.path} holds no golden cases of {component} to run")
     module = importlib.import_module(backends.BACKENDS[name])
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    own_ms, harness_ms, operators, trace = module.profile(
-        bundle, component, cases[0].inputs, folder, WARM_UP, repeats, **options
-    )
+    try:
+        own_ms, harness_ms, operators, trace = module.profile(
+            bundle, component, cases[0].inputs, folder, WARM_UP, repeats, **options
+        )
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # it holds what another component gave
+                folder.rmdir()
+        raise
     return Profile(
         component=component,
         runtime=name,

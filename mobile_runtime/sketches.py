@@ -1,16 +1,20 @@
-"""Sketches: 64 numbers that stand for a value of any size.
+"""Sketches: 67 numbers that stand for a value of any size.
 
-A sketch adds up the value's elements, with random signs, in 64 groups (Charikar, Chen and
+A sketch adds up the value's elements, with random signs, in 67 groups (Charikar, Chen and
 Farach-Colton, "Finding frequent items in data streams", 2002). It is linear, and keeps squared
 lengths on average, so that the SNR of two sketches is that of the whole values, give or take a few
 decibels; every element has a part in it, so that one NaN shows.
+
+The groups take turns along the value. Their number is a prime, so that it divides no width of a
+model: else each channel of (1, tokens, channels) would be of one group, where an error that is the
+same at each token, as a wrong bias is, could cancel.
 """
 
 import math
 
 import numpy as np
 
-SKETCH_SIZE = 64
+SKETCH_SIZE = 67
 SKETCH_KEY = 0x7A95  # of Philox, whose bits give the signs
 HIGHEST_DB = 200.0
 """Told of values that are equal."""
@@ -19,7 +23,7 @@ _signs = np.empty(0, np.int8)
 
 
 def sketch(value: np.ndarray) -> np.ndarray:
-    """64 numbers (float32) that stand for a value of any shape."""
+    """67 numbers (float32) that stand for a value of any shape."""
     flat = np.asarray(value).reshape(-1)
     rows = -(-flat.size // SKETCH_SIZE)
     padded = np.zeros(rows * SKETCH_SIZE, np.float64)

@@ -1,7 +1,7 @@
 """Where inside a component a runtime first leaves PyTorch: the first layer that diverges.
 
 At conversion (converters/taps.py) the value of every operator on a component's first golden case
-is kept in PyTorch as a sketch of 64 numbers, and the final file's own value of the same operator
+is kept in PyTorch as a sketch of 67 numbers, and the final file's own value of the same operator
 is held against it. What lies in `golden/COMPONENT.taps.safetensors` is the sketches, and for each
 of these taps the layer's module path, the operator, the value's name in the file, and the SNR that
 it had. Here the file is run again, and the first tap that is clearly worse is the layer to look at.
@@ -63,7 +63,7 @@ class Tap:
 class Taps:
     """A component's taps in the order of execution.
 
-    sketches: PyTorch's, (T, 64) float32. made_on: the machine and the runtime of the conversion.
+    sketches: PyTorch's, (T, 67) float32. made_on: the machine and the runtime of the conversion.
     timesteps: where there are any, the taps are those of the first, then of the second, ...
     """
 

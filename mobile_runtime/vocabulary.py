@@ -8,7 +8,7 @@ runtime does not show the embedding, the whole text encoder runs on some of the 
 
 Tensors: `words` (a JSON list, as bytes), `word_ids` (N,) int32 with `lengths` (W,) int32, how many
 of them each word has; `ids` (R, L) int32, the whole vocabulary as inputs of the text encoder;
-`sketches` (R, 64) float32, and `outputs` (S, 64), the text encoder's for the rows `sampled(R)`.
+`sketches` (R, 67) float32, and `outputs` (S, 67), the text encoder's for the rows `sampled(R)`.
 Metadata: `tables`, the hash; `value`, the embedding's name in the target's file.
 """
 

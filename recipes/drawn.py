@@ -96,7 +96,7 @@ def pictures(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
     """Latents decoded: uint8 (N, H, W, 3)."""
     decoded = []
     with torch.no_grad():
-        for rows in latents.split(8):
+        for rows in tqdm(latents.split(8), desc="decode", delay=2, mininterval=2, leave=False):
             decoded.append(pipeline.vae.decode(rows / pipeline.vae.config.scaling_factor).sample)
     scaled = ((torch.cat(decoded).float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).cpu().numpy()

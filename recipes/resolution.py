@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from mobile_runtime.errors import UserError
 from mobile_runtime.parity import picture_psnr_db
@@ -134,7 +135,9 @@ class _Lesson:
         with torch.no_grad():
             parts = [
                 self.vae.encode(_floats(rows, self.device)).latent_dist.mode() * factor
-                for rows in pictures.split(16)
+                for rows in tqdm(
+                    pictures.split(16), desc="encode", delay=2, mininterval=2, leave=False
+                )
             ]
         return torch.cat(parts).float().cpu()
 

@@ -1,13 +1,67 @@
 """An ONNX file's bytes, changed without the onnx library: Protocol Buffers' wire format.
 
-In onnx.proto: ModelProto.graph is field 7; GraphProto.node 1, GraphProto.output 12; NodeProto.input
-1, NodeProto.output 2; ValueInfoProto.name 1. See protobuf.dev/programming-guides/encoding.
+In onnx.proto: ModelProto.graph is field 7; GraphProto.node 1, initializer 5, input 11, output 12;
+NodeProto.input 1, output 2, op_type 4; TensorProto.data_type 2, name 8; ValueInfoProto.name 1, type
+2; TypeProto.tensor_type 1, with elem_type 1 and shape 2; TensorShapeProto.dim 1, with dim_value 1.
+See protobuf.dev/programming-guides/encoding.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-GRAPH, NODE, OUTPUT, NAME = 7, 1, 12, 1
-NODE_INPUT, NODE_OUTPUT = 1, 2
+GRAPH, NODE, INITIALIZER, INPUT, OUTPUT, NAME = 7, 1, 5, 11, 12, 1
+NODE_INPUT, NODE_OUTPUT, NODE_OP = 1, 2, 4
+TENSOR_DTYPE, TENSOR_NAME = 2, 8
+VALUE_TYPE, TYPE_TENSOR, TYPE_ELEMENT, TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = 2, 1, 1, 2, 1, 1
+DTYPES = {1: "float32", 6: "int32", 7: "int64", 10: "float16"}
+"""Those of a manifest's tensors, by TensorProto.DataType."""
+INT8 = 3
+Form = tuple[str | None, tuple[int | None, ...] | None]
+"""A tensor's dtype and shape; None where the file tells none."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What an ONNX file says of itself.
+
+    inputs, outputs: by name. int8_weights: the INT8 initializers that a DequantizeLinear reads.
+    """
+
+    inputs: dict[str, Form]
+    outputs: dict[str, Form]
+    int8_weights: int
+
+
+def declared(model: bytes | memoryview) -> Declared:
+    """Raises ValueError for bytes that are no model. A runtime mends what it can, and hides it."""
+    inputs, outputs = dict[str, Form](), dict[str, Form]()
+    int8, read = set[str](), set[str]()
+    for number, content, _ in _fields(memoryview(model)):
+        if number != GRAPH:
+            continue
+        for own, part, _ in _fields(content):
+            if own in (INPUT, OUTPUT):
+                name, form = _form(part)
+                (inputs if own == INPUT else outputs)[name] = form
+            elif own == INITIALIZER:
+                if _numbers(part, TENSOR_DTYPE) == [INT8]:
+                    int8 |= _names(part, TENSOR_NAME)
+            elif own == NODE and _names(part, NODE_OP) == {"DequantizeLinear"}:
+                read.add(_text(part, NODE_INPUT)[0])
+    return Declared(inputs, outputs, len(int8 & read))
+
+
+def _form(value: memoryview) -> tuple[str, Form]:
+    """A ValueInfoProto's name, and its dtype and shape."""
+    dtype, shape = None, None
+    for kind in _parts(value, VALUE_TYPE):
+        for tensor in _parts(kind, TYPE_TENSOR):
+            dtype = next((DTYPES.get(one) for one in _numbers(tensor, TYPE_ELEMENT)), None)
+            for dims in _parts(tensor, TYPE_SHAPE):
+                shape = tuple(
+                    next(iter(_numbers(dim, DIM_VALUE)), None) for dim in _parts(dims, SHAPE_DIM)
+                )
+    return "".join(_text(value, NAME)), (dtype, shape)
 
 
 def more_outputs(names: Sequence[str]) -> bytes:
@@ -54,8 +108,20 @@ def cut(model: bytes, names: Sequence[str]) -> bytes:
     return b"".join([*outside, _field(GRAPH, graph)])
 
 
+def _parts(message: memoryview, field: int) -> list[memoryview]:
+    return [part for number, part, _ in _fields(message) if number == field]
+
+
+def _numbers(message: memoryview, field: int) -> list[int]:
+    return [_read_varint(part, 0)[0] for part in _parts(message, field)]
+
+
+def _text(message: memoryview, field: int) -> list[str]:
+    return [bytes(part).decode() for part in _parts(message, field)]
+
+
 def _names(node: memoryview, field: int) -> set[str]:
-    return {bytes(part).decode() for number, part, _ in _fields(node) if number == field} - {""}
+    return set(_text(node, field)) - {""}
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:

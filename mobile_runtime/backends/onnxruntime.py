@@ -14,6 +14,7 @@ from mobile_runtime.latency import repeated
 
 if TYPE_CHECKING:
     from mobile_runtime.bundle import Bundle
+    from mobile_runtime.manifest import ComponentEntry
 
 # onnxruntime rounds activations to INT8 where it fuses an INT8 weight into MatMulNBits (43 dB where
 # the weights alone give 120). Accuracy level 1 keeps them in float32.
@@ -54,7 +55,34 @@ def load(
             f"{bundle.path} tells apps the session options {told} for {component}, and it computes "
             f"what was validated with {EXACT_SESSION}; make it again"
         )
-    return load_file(bundle.file(entry.path), exact=exact, providers=providers, threads=threads)
+    path = bundle.file(entry.path)
+    if entry.format == "onnx":
+        _check_declared(path, entry)
+    return load_file(path, exact=exact, providers=providers, threads=threads)
+
+
+def _check_declared(path: Path, entry: "ComponentEntry") -> None:
+    """Raise BundleError unless the file says of itself what the manifest does."""
+    try:
+        told = onnx_bytes.declared(path.read_bytes())
+    except (ValueError, IndexError) as error:
+        raise BundleError(f"{path} is no ONNX model: {error}") from error
+    for kind, specs, given in (
+        ("inputs", entry.inputs, told.inputs),
+        ("outputs", entry.outputs, told.outputs),
+    ):
+        wanted = {spec.name: (spec.dtype, spec.shape) for spec in specs}
+        if given != wanted:
+            raise BundleError(
+                f"{path} declares its {kind} as {given}, and the manifest as {wanted}; make the "
+                "bundle again"
+            )
+    weights = entry.details.get("int8_weights", told.int8_weights)
+    if weights != told.int8_weights:
+        raise BundleError(
+            f"{path} has {told.int8_weights} INT8 weights, and the manifest says {weights}; make "
+            "the bundle again"
+        )
 
 
 def load_file(

@@ -293,6 +293,11 @@ def finetune(run: Run) -> Figures:
 def finetune_w8a8(run: Run) -> Figures:
     """sd_turbo_tiny_384_w8a8's fine-tuning of BK-Tiny in the rounding of W8A8, keeping no layer."""
     changes = {f"stages.finetune.{key}": value for key, value in _training(run).items()}
+    # As small as the first of its own warm-up: full steps at once lead away from the float UNet.
+    own = run.shipped("sd_turbo_tiny_384_w8a8", {}).stages[3].finetune
+    assert own is not None
+    changes["stages.finetune.warmup"] = run.iterations - 1
+    changes["stages.finetune.learning_rate"] = own.learning_rate * run.iterations / own.warmup
     changes |= {"stages.quantize.keep": None, "stages.quantize.calibration.samples": 2}
     wanted = {"prune", "finetune", "fold", "quantize"}
     recipe = run.part_of("sd_turbo_tiny_384_w8a8", wanted, _with_taesd(run, changes))

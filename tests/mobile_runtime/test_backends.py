@@ -120,7 +120,7 @@ def test_int8_weights_are_exact_by_default_and_rounded_activations_are_a_choice(
 def test_a_damaged_model_file_is_told_by_its_name(tmp_path: Path) -> None:
     made = make_bundle(tmp_path / "bundle")
     (made.path / "unet/model.onnx").write_bytes(b"not a model")
-    with pytest.raises(BundleError, match=r"onnxruntime cannot load .*unet/model\.onnx"):
+    with pytest.raises(BundleError, match=r"unet/model\.onnx is no ONNX model"):
         backends.load(made, "unet")
 
 
