@@ -2,7 +2,7 @@
 
 import gc
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +15,7 @@ from converters.components import Component
 from converters.lowered import Lowered
 from converters.progress import Progress
 from converters.schedule import compile_schedule
+from mobile_runtime import layer_goldens
 from mobile_runtime import taps as tapping
 from mobile_runtime.bundle import Bundle, BundleWriter
 from mobile_runtime.errors import UserError
@@ -130,10 +131,11 @@ def convert(request: Request, progress: Progress) -> Bundle:
             gc.collect()
 
         progress("write the bundle")
-        tapped = _tapped(recipe.components, writer.path)
+        tapped = _kept(tapping.path_of, recipe.components, writer.path)
         vectors = vectors.model_copy(
             update={
                 "taps": tapped,
+                "layers": _kept(layer_goldens.path_of, recipe.components, writer.path),
                 "timesteps": _if_there(tapping.TIMESTEPS_PATH, writer.path),
                 "vocabulary": golden.write_tokens(tokens, tapped, writer.path),
             }
@@ -329,6 +331,7 @@ def _lower(
     if lowered.watch:
         progress(f"look inside {component.name}")
         details["taps"] = _look_inside(component, program, seen, lowered, writer.path)
+        _keep_layers(component, mine, first, lowered, writer.path)
     del program, rewritten
     at_conversion = None
     if lowered.run:
@@ -371,9 +374,28 @@ def _look_inside(
     return {"found": len(found.taps), "operators": len(operators)}
 
 
-def _tapped(names: Iterable[ComponentName], folder: Path) -> dict[ComponentName, str]:
-    """Where the taps of each component lie that has any."""
-    paths = {name: _if_there(tapping.path_of(name), folder) for name in names}
+def _keep_layers(
+    component: Component,
+    plans: Sequence[LayerPlan],
+    first: dict[str, np.ndarray],
+    lowered: Lowered,
+    folder: Path,
+) -> None:
+    """Write what the final file's quantized layers give alone, where they can be cut out of it."""
+    layers = [plan.layer for plan in plans if plan.activations != "none"]
+    known = folder / tapping.path_of(component.name)
+    if layers and lowered.format == "onnx" and known.is_file():
+        feeds = {spec.name: first[spec.name] for spec in component.inputs}
+        outputs = [spec.name for spec in component.outputs]
+        kept = folder / layer_goldens.path_of(component.name)
+        layer_goldens.record(lowered.path, tapping.open_taps(known), layers, feeds, outputs, kept)
+
+
+def _kept(
+    path_of: Callable[[str], str], names: Iterable[ComponentName], folder: Path
+) -> dict[ComponentName, str]:
+    """Where the file lies of each component that has one."""
+    paths = {name: _if_there(path_of(name), folder) for name in names}
     return {name: path for name, path in paths.items() if path}
 
 

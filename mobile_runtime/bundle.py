@@ -153,7 +153,8 @@ def _named_paths(manifest: Manifest) -> list[str]:
     paths += [manifest.tokenizer.vocab, manifest.tokenizer.merges, manifest.golden.pipeline]
     golden = manifest.golden
     paths += filter(None, (golden.vocabulary, golden.timesteps))
-    return [*paths, *golden.components.values(), *golden.taps.values()]
+    paths += [*golden.components.values(), *golden.taps.values(), *golden.layers.values()]
+    return paths
 
 
 def _check_file(root: Path, entry: FileEntry, verify: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mobile_runtime import backends, taps, vocabulary
+from mobile_runtime import backends, layer_goldens, taps, vocabulary
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.goldens import Arrays, Case, golden_cases
 from mobile_runtime.latency import Environment
@@ -61,6 +61,8 @@ def component_kinds(bundle: Bundle, component: ComponentName, runtime: Runtime) 
         kinds.append("inside")
     if _can_look_at_timesteps(bundle, component, runtime):
         kinds.append("timesteps")
+    if _can_run_layers_alone(bundle, component, runtime):
+        kinds.append("quantized_layers")
     if component == "text_encoder" and bundle.manifest.golden.vocabulary:
         kinds.append("vocabulary")
     return kinds
@@ -105,13 +107,15 @@ def failed(checks: Sequence[Check]) -> bool:
 def check_unseen(
     bundle: Bundle, component: ComponentName, runtime: Runtime, others: Sequence[Check] = ()
 ) -> list[Check]:
-    """What golden outputs do not show: the values inside, every timestep, and every token.
+    """What golden outputs do not show: values inside, timesteps, quantized layers, tokens.
 
     others: this component's other checks.
     """
     checks = check_inside(bundle, component, runtime, others)
     if _can_look_at_timesteps(bundle, component, runtime):
         checks.append(check_timesteps(bundle, runtime))
+    if bundle.quantized_layers(component) and bundle.component(component).format == "onnx":
+        checks.append(check_layers(bundle, component, runtime))
     return checks + ([check_vocabulary(bundle, runtime)] if component == "text_encoder" else [])
 
 
@@ -177,6 +181,28 @@ def check_timesteps(bundle: Bundle, runtime: Runtime) -> Check:
     return tell("timesteps", "fail", reason, value=value, unit="dB", details=details)
 
 
+def check_layers(bundle: Bundle, component: ComponentName, runtime: Runtime) -> Check:
+    """Hold each quantized layer alone against what it gave at conversion."""
+    tell = Teller(component, runtime.label)
+    if not _can_run_layers_alone(bundle, component, runtime):
+        reason = "the quantized layers alone: the bundle was made without them; convert it again"
+        return tell("quantized_layers", "not_run", reason).model_copy(update={"gated": False})
+    figures = layer_goldens.measure(bundle, component, runtime)
+    if isinstance(figures, NoRun):
+        return tell(
+            "quantized_layers", figures.status, f"the quantized layers alone: {figures.reason}"
+        )
+    wrong = [figure for figure in figures if figure.wrong]
+    if not wrong:
+        reason = f"each of {len(figures)} quantized layers alone gives what it gave at conversion"
+        return tell("quantized_layers", "pass", reason)
+    reason = f"alone, {len(wrong)} of {len(figures)} quantized layers give something else; first "
+    reason += taps.tell(wrong[0], runtime.arithmetic)
+    details = {"layer": wrong[0].tap.layer, "layers": [figure.tap.layer for figure in wrong]}
+    value = finite(wrong[0].snr_db)
+    return tell("quantized_layers", "fail", reason, value=value, unit="dB", details=details)
+
+
 def check_vocabulary(bundle: Bundle, runtime: Runtime) -> Check:
     """Hold every token against the conversion: its ids, and what the file makes of them."""
     tell = Teller("text_encoder", runtime.label)
@@ -218,6 +244,11 @@ def can_look_inside(bundle: Bundle, component: ComponentName, runtime: Runtime) 
 
 def _can_look_at_timesteps(bundle: Bundle, component: ComponentName, runtime: Runtime) -> bool:
     return component == "unet" and can_look_inside(bundle, component, runtime)
+
+
+def _can_run_layers_alone(bundle: Bundle, component: ComponentName, runtime: Runtime) -> bool:
+    kept = component in bundle.manifest.golden.layers
+    return kept and can_look_inside(bundle, component, runtime)
 
 
 def _same_function(

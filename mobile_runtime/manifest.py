@@ -230,6 +230,10 @@ class Golden(Strict):
     taps: dict[ComponentName, RelativePath] = Field(
         default={}, description="what is known of the values inside (mobile_runtime/taps.py)"
     )
+    layers: dict[ComponentName, RelativePath] = Field(
+        default={},
+        description="what quantized layers give alone (mobile_runtime/layer_goldens.py)",
+    )
     vocabulary: RelativePath | None = Field(
         default=None, description="every token's ids and embedding (mobile_runtime/vocabulary.py)"
     )

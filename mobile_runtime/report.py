@@ -33,6 +33,7 @@ Kind = Literal[
     "conditioning",  # the prompt changes the UNet's output as it changes the reference
     "layers_at_conversion",  # quantized layers on the same inputs; recorded, not measured again
     "layers",  # quantized layers alone, on a device and here, on the same inputs
+    "quantized_layers",  # each alone, against what it gave at conversion
     "inside",  # every value inside, against PyTorch's; it names the first layer that diverges
     "timesteps",  # every timestep of the schedules: what the UNet's resnets make of it
     "vocabulary",  # every token: words to ids, and ids to rows of the embedding
@@ -49,6 +50,8 @@ Kind = Literal[
 PIPELINE = "pipeline"
 BESIDE: tuple[Kind, ...] = ("elsewhere", "baseline", "reference")
 """Checks of no runtime's outputs."""
+NAMING: tuple[Kind, ...] = ("quantized_layers", "inside", "timesteps")
+"""Checks that name a layer (`details["layer"]`), the surest first: depth hides no quantized one."""
 # The comparisons that a bundle's gates hold, where they are set.
 GATEABLE: tuple[Kind, ...] = (
     "same_function",
@@ -171,8 +174,7 @@ def conclude(checks: tuple[Check, ...]) -> tuple[Verdict, str]:
 
 def _place_inside(failed: Check, gated: Sequence[Check]) -> str:
     """Where inside the component that failed, if that was found; else where inside any."""
-    kinds = ("inside", "timesteps")
-    found = [check for check in gated if check.kind in kinds and check.status == "fail"]
+    found = [c for kind in NAMING for c in gated if (c.kind, c.status) == (kind, "fail")]
     mine = [c for c in found if (c.component, c.runtime) == (failed.component, failed.runtime)]
     return "".join(f"; {check.reason}" for check in (mine or found)[:1] if check is not failed)
 

@@ -92,10 +92,10 @@ def path_of(component: str) -> str:
     return f"golden/{component}.taps.safetensors"
 
 
-def write(taps: Taps, path: Path) -> None:
-    """Keep taps; the sketches as a tensor, the rest as JSON in the file's metadata."""
+def write(taps: Taps, path: Path, **more: str) -> None:
+    """Keep taps; the sketches as a tensor, the rest, and more, in the file's metadata."""
     told = json.dumps([asdict(tap) for tap in taps.taps])
-    metadata = {"taps": told, "made_on": taps.made_on}
+    metadata = {"taps": told, "made_on": taps.made_on, **more}
     tensors = {"sketches": np.ascontiguousarray(taps.sketches, np.float32)}
     if taps.timesteps:
         tensors["timesteps"] = np.array(taps.timesteps, np.float32)
@@ -181,7 +181,7 @@ def measure(
         )
         return [seen.get(tap.value) for tap in taps.taps]
 
-    return _held(bundle, component, runtime, taps, look)
+    return held(runtime, taps, look, _bounds(bundle, component, as_made(taps.made_on, runtime)))
 
 
 def measure_timesteps(bundle: Bundle, runtime: Runtime) -> list[tuple[float, TapFigure]] | NoRun:
@@ -204,18 +204,18 @@ def measure_timesteps(bundle: Bundle, runtime: Runtime) -> list[tuple[float, Tap
         found = [{name: sketch(value) for name, value in row.items()} for row in rows]
         return [found[k // each][tap.value] for k, tap in enumerate(taps.taps)]
 
-    figures = _held(bundle, "unet", runtime, taps, look)
+    bounds = _bounds(bundle, "unet", as_made(taps.made_on, runtime))
+    figures = held(runtime, taps, look, bounds)
     if isinstance(figures, NoRun):
         return figures
     return [(taps.timesteps[k // each], figure) for k, figure in enumerate(figures)]
 
 
-def _held(
-    bundle: Bundle,
-    component: ComponentName,
+def held(
     runtime: Runtime,
     taps: Taps,
     look: Callable[[], Sequence[np.ndarray | None]],
+    bounds: "Bounds",
 ) -> tuple[TapFigure, ...] | NoRun:
     """The figures of the sketches that `look` finds: each tap's, or None where there is none."""
     try:
@@ -226,7 +226,6 @@ def _held(
         return NoRun("not_run", str(error))
     except Exception as error:  # the runtimes' own errors share no class
         return NoRun("fail", f"the values inside cannot be looked at: {brief(error)}")
-    bounds = _bounds(bundle, component, as_made(taps.made_on, runtime))
     return tuple(
         _figure(tap, reference, given, runtime.arithmetic, bounds)
         for tap, reference, given in zip(taps.taps, taps.sketches, seen, strict=True)
@@ -234,7 +233,7 @@ def _held(
 
 
 @dataclass(frozen=True)
-class _Bounds:
+class Bounds:
     """How much a tap may lose since conversion, in dB, of no more than the ceiling."""
 
     ceiling: float
@@ -242,12 +241,12 @@ class _Bounds:
     wrong: float
 
 
-def _bounds(bundle: Bundle, component: str, same_machine: bool) -> _Bounds:
+def _bounds(bundle: Bundle, component: str, same_machine: bool) -> Bounds:
     if same_machine:
-        return _Bounds(CEILING_DB, SAME_MACHINE_DB, SAME_MACHINE_DB)
+        return Bounds(CEILING_DB, SAME_MACHINE_DB, SAME_MACHINE_DB)
     if bundle.quantized_layers(component):
-        return _Bounds(QUANTIZED_CEILING_DB, DIVERGES_DB, QUANTIZED_WRONG_DB)
-    return _Bounds(CEILING_DB, DIVERGES_DB, WRONG_DB)
+        return Bounds(QUANTIZED_CEILING_DB, DIVERGES_DB, QUANTIZED_WRONG_DB)
+    return Bounds(CEILING_DB, DIVERGES_DB, WRONG_DB)
 
 
 def watch(
@@ -271,7 +270,7 @@ def watch(
 
 
 def _figure(
-    tap: Tap, reference: np.ndarray, given: np.ndarray | None, arithmetic: str, bounds: _Bounds
+    tap: Tap, reference: np.ndarray, given: np.ndarray | None, arithmetic: str, bounds: Bounds
 ) -> TapFigure:
     snr_db = math.nan if given is None else sketch_snr_db(reference, given)
     lost = min(tap.snr_db.get(arithmetic, bounds.ceiling), bounds.ceiling) - snr_db

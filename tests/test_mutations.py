@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -26,6 +27,7 @@ from mobile_runtime.validate import validate
 from tests.converters.small import make_small_pipeline
 from tests.damages import (
     Damage,
+    Graph,
     damaged,
     dropped,
     in_golden,
@@ -178,12 +180,22 @@ def one_channel_negated(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def first_channels_up(array: np.ndarray) -> np.ndarray:
+    array[: array.size // 2] += 1
+    return array
+
+
 DAMAGES = [
     # Inside a component: the layer has to be named.
     Damage(
         "a weight tensor zeroed",
         on_weight(f"{MID}.resnets.0.conv1", np.zeros_like),
         f"{MID}.resnets.0.conv1",
+    ),
+    Damage(
+        "biases that are wrong alike at every token",
+        on_input(f"{ATTENTION}.attn1.to_out.0", 1, first_channels_up),
+        f"{ATTENTION}.attn1.to_out.0",
     ),
     Damage("a layer gone", dropped(f"{MID}.resnets.1.norm2"), f"{MID}.resnets.1.norm2"),
     Damage(
@@ -383,6 +395,56 @@ def test_a_sampler_that_asks_more_often_than_it_did_fails(bundles, tmp_path):
         ("version", "version 1"),
     ],
 )
+def test_noise_that_a_last_step_adds_fails(tmp_path):
+    """Golden cases hold zeros for the steps that add none, so nothing else would show it."""
+    make_small_pipeline().save_pretrained(tmp_path / "model")
+    text = RECIPE.format(model=tmp_path / "model")
+    text = text.replace(
+        "{steps: 3, guidance_scale: 3.0}", "{scheduler: lcm, steps: 2, guidance_scale: 1}"
+    )
+    (tmp_path / "small.yaml").write_text(text)
+    argv = ["--recipe", str(tmp_path / "small.yaml"), "--output", str(tmp_path / "bundle")]
+    assert cli.main("onnx", [*argv, "--no-validate"]) == 0
+    assert checked(tmp_path / "bundle").verdict == "pass"
+
+    def noisy(manifest: dict[str, Any]) -> None:
+        rows = manifest["schedules"][0]["rows"]
+        assert [row["d"] != 0 for row in rows] == [True, False]
+        rows[-1]["d"] = 0.5
+
+    report = checked(damaged(tmp_path / "bundle", Damage("d", in_manifest(noisy)), tmp_path / "d"))
+    assert report.verdict == "fail"
+    assert "step 2 of 2 adds fresh noise, and PyTorch added none" in report.summary
+
+
+@pytest.mark.parametrize("what", ["input", "output", "no shape", "weights"])
+def test_an_onnx_file_that_declares_itself_otherwise_is_refused(bundles, tmp_path, what):
+    """The runtime computes the same: it mends what is declared wrongly."""
+
+    def change(graph: Graph) -> None:
+        (sample, *_), (output,) = graph.graph.input, graph.graph.output
+        if what == "input":
+            sample.type.tensor_type.shape.dim[2].dim_param = "height"
+        elif what == "output":
+            output.type.tensor_type.shape.dim[1].dim_value = 9
+        elif what == "no shape":
+            output.type.tensor_type.ClearField("shape")
+        else:
+            name, scale = graph.weight(f"{MID}.resnets.0.conv1")
+            node = next(one for one in graph.graph.node if name in one.input)
+            assert scale is not None
+            floats = graph.constant(name) * graph.constant(scale).reshape(-1, 1, 1, 1)
+            graph.graph.initializer.append(
+                numpy_helper.from_array(floats.astype(np.float32), node.output[0])
+            )
+            graph.graph.node.remove(node)
+
+    damage = Damage(what, on_graph("unet", change))
+    report = checked(damaged(bundles["onnx"], damage, tmp_path / "bundle"))
+    assert report.verdict == "fail"
+    assert ("INT8 weights" if what == "weights" else "declares its") in report.summary
+
+
 def test_a_package_that_describes_itself_otherwise_is_refused(bundles, tmp_path, what, told):
     """Core ML reads the description; the program in it is sound."""
 

@@ -102,6 +102,20 @@ def load_file(
     return run
 
 
+def run_bytes(
+    model: bytes,
+    feeds: Arrays,
+    *,
+    exact: bool = True,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    threads: int = 0,
+) -> Arrays:
+    """What a model's bytes give; options as of `load`."""
+    session = _session(Path("layers"), _session_options(exact, threads), providers, model)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
 def watch(
     path: Path,
     feeds: Arrays,

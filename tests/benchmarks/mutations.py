@@ -27,7 +27,7 @@ from mobile_runtime import taps
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.manifest import Target
 from mobile_runtime.on_devices import Asked, validate_on
-from mobile_runtime.report import Check, Report
+from mobile_runtime.report import NAMING, Check, Report
 from tests.benchmarks.machine import describe
 from tests.converters.small import make_small_pipeline
 from tests.damages import Damage, damaged, on_weight
@@ -132,10 +132,9 @@ def _damages(folder: Path, judge: Checked) -> int:
 def _told(report: Report) -> tuple[str | None, list[Check]]:
     """The layer that a report names first, and the other checks that failed."""
     failed = [check for check in report.checks if check.gated and check.status == "fail"]
-    kinds = ("inside", "timesteps")
-    named = [check for check in failed if check.kind in kinds and "layer" in check.details]
+    named = [c for kind in NAMING for c in failed if c.kind == kind and "layer" in c.details]
     layer = named[0].details["layer"] if named else None
-    return layer, [check for check in failed if check.kind not in kinds]
+    return layer, [check for check in failed if check.kind not in NAMING]
 
 
 def _undamaged(folder: Path, seeds: int, judge: Checked) -> int:

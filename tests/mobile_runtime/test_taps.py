@@ -66,6 +66,20 @@ def test_a_sketch_is_linear_and_the_same_everywhere():
     assert [int(v) for v in ones[:12]] == FIRST_SIGNS
 
 
+@pytest.mark.parametrize("tokens", [2, 4, 16, 77, 256])
+@pytest.mark.parametrize("width", [64, 128, 320, 768])
+def test_an_error_of_a_channel_that_is_the_same_at_every_token_shows(tokens, width):
+    """With 64 groups its signs cancelled for every third channel over four tokens."""
+    value = np.random.default_rng(0).standard_normal((1, tokens, width)).astype(np.float32)
+    told = []
+    for channel in range(64):
+        given = value.copy()
+        given[..., channel] += 1
+        told.append(sketch_snr_db(sketch(value), sketch(given)))
+    whole = 10 * np.log10(np.square(value, dtype=np.float64).sum() / tokens)
+    assert max(told) < whole + 12
+
+
 def test_the_same_numbers_in_another_order_are_another_value():
     value = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
     assert sketch_snr_db(sketch(value), sketch(value.T)) < 6

@@ -1,0 +1,208 @@
+"""Quantized layers alone, held against what they gave at conversion.
+
+Where activations are quantized, the rounding of all the layers before it hides a small error of
+one: a bias that is gone, a doubled scale. So of each such layer of an ONNX file the bundle keeps a
+sketch (`golden/COMPONENT.layers.safetensors`) of what the layer alone makes of seeded noise, which
+has the mean and the deviation of what it reads in the first golden case. It is computed with every
+QuantizeLinear and DequantizeLinear by itself; integer kernels give the same on any processor. (That
+layers compute what PyTorch's do is measured at conversion: converters/layer_check.py.)
+"""
+
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from mobile_runtime import backends, layer_cuts, taps
+from mobile_runtime.backends import onnxruntime
+from mobile_runtime.bundle import Bundle
+from mobile_runtime.errors import BundleError
+from mobile_runtime.goldens import Arrays
+from mobile_runtime.layer_cuts import Cut
+from mobile_runtime.manifest import ComponentName
+from mobile_runtime.runs import NoRun, Runtime
+from mobile_runtime.sketches import sketch, sketch_snr_db
+
+HELD_BYTES = 2**29
+"""Of what layers read at a time."""
+OTHER_MACHINE_DB = 45.0
+"""Integers are the same everywhere; a layer that a processor computes in floats is close."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A value that layers read: its name in the file, and the noise that stands for it."""
+
+    name: str
+    shape: tuple[int, ...]
+    mean: float
+    deviation: float
+
+
+def path_of(component: str) -> str:
+    """Where a component's layers lie in a bundle."""
+    return f"golden/{component}.layers.safetensors"
+
+
+def record(
+    path: Path,
+    known: taps.Taps,
+    layers: Collection[str],
+    feeds: Arrays,
+    outputs: Collection[str],
+    kept: Path,
+) -> None:
+    """Keep what a final ONNX file's quantized layers give alone, in the file `kept`.
+
+    known: the component's taps. feeds: its first golden case. outputs: the file's own.
+    """
+    model, cuts = layer_cuts.cut(path, known, layers)
+    reads = _reads(path, known, cuts, feeds, outputs)
+    numbered = _numbered(reads)
+    references = list(_each(model, cuts, numbered, layer_cuts.unoptimized))
+    given = _each(model, cuts, numbered, _as_validated)
+    found = tuple(
+        taps.Tap(
+            cut.layer,
+            "quantized layer",
+            cut.output,
+            reference.size,
+            {"float32": sketch_snr_db(reference.sketch, value.sketch)},
+        )
+        for cut, reference, value in zip(cuts, references, given, strict=True)
+    )
+    sketches = np.stack([reference.sketch for reference in references])
+    own = taps.Taps(found, sketches, taps.machine("onnxruntime"))
+    write(own, reads, kept)
+
+
+def write(own: taps.Taps, reads: Sequence[Read], kept: Path) -> None:
+    """Keep the layers, and what they read."""
+    taps.write(own, kept, reads=json.dumps([asdict(read) for read in reads]))
+
+
+def measure(
+    bundle: Bundle, component: ComponentName, runtime: Runtime
+) -> tuple[taps.TapFigure, ...] | NoRun:
+    """Run each quantized layer of a component alone, and hold it against the conversion's."""
+    entry, path = bundle.component(component), bundle.file(bundle.manifest.golden.layers[component])
+    kept, reads = taps.open_taps(path), open_reads(path)
+    known = taps.read(bundle, component)
+
+    def look() -> list[np.ndarray | None]:
+        assert known is not None, "layers without taps"
+        layers = [tap.layer for tap in kept.taps]
+        model, cuts = layer_cuts.cut(bundle.file(entry.path), known, layers)
+        if [cut.layer for cut in cuts] != layers:
+            raise BundleError(f"{path} is not of the layers of {entry.path}")
+        options = runtime.options
+
+        def run(portion: Any, fed: Arrays) -> Arrays:
+            return _as_validated(portion, fed, **options)
+
+        return [value.sketch for value in _each(model, cuts, reads, run)]
+
+    if missing := set(bundle.quantized_layers(component)) - {tap.layer for tap in kept.taps}:
+        reason = f"{path} lacks {len(missing)} of the quantized layers, {min(missing)} for one"
+        return NoRun("fail", reason)
+    usual = taps.Bounds(taps.CEILING_DB, taps.SAME_MACHINE_DB, taps.SAME_MACHINE_DB)
+    other = taps.Bounds(OTHER_MACHINE_DB, taps.SAME_MACHINE_DB, taps.SAME_MACHINE_DB)
+    bounds = usual if taps.as_made(kept.made_on, runtime) else other
+    return taps.held(runtime, kept, look, bounds)
+
+
+def _reads(
+    path: Path,
+    known: taps.Taps,
+    cuts: Sequence[Cut],
+    feeds: Arrays,
+    outputs: Collection[str],
+) -> list[Read]:
+    """What the layers read, in the order of execution, from a run of the file."""
+    names = list(dict.fromkeys(name for cut in cuts for name in cut.inputs))
+    found: dict[str, Read] = {}
+
+    def look(name: str, value: np.ndarray) -> None:
+        mean, deviation = float(value.mean(dtype=np.float64)), float(value.std(dtype=np.float64))
+        found[name] = Read(name, value.shape, mean, deviation)
+
+    for name in set(names) & feeds.keys():
+        look(name, feeds[name])
+    # How large each is, the file does not tell; none is larger than the largest value inside.
+    largest = max(tap.elements for tap in known.taps)
+    wanted = {name: largest for name in names if name not in feeds}
+    backends.watch(path, "onnxruntime", feeds, wanted, outputs, look)
+    return [found[name] for name in names]
+
+
+def open_reads(path: Path) -> dict[str, tuple[int, Read]]:
+    """What the layers read, by name, each with its number, which is the seed of its noise."""
+    try:
+        with safe_open(path, "numpy") as file:
+            told = (file.metadata() or {})["reads"]
+        reads = TypeAdapter(list[Read]).validate_json(told)
+    except (KeyError, OSError, SafetensorError, ValidationError) as error:
+        raise BundleError(f"{path} holds no layers; make the bundle again") from error
+    return _numbered(reads)
+
+
+def _numbered(reads: Sequence[Read]) -> dict[str, tuple[int, Read]]:
+    return {read.name: (number, read) for number, read in enumerate(reads)}
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What a layer gave."""
+
+    sketch: np.ndarray
+    size: int
+
+
+def _each(
+    model: Any,
+    cuts: Sequence[Cut],
+    reads: Mapping[str, tuple[int, Read]],
+    run: Callable[[Any, Arrays], Arrays],
+) -> Iterator[_Value]:
+    """What each layer alone makes of its noise, in order; some layers at a time."""
+    for portion in _portions(cuts, reads):
+        seen = {name: noise(*reads[name]) for cut in portion for name in cut.inputs}
+        values = run(*layer_cuts.beside(model, portion, seen))
+        for number in range(len(portion)):
+            value = values[f"y{number}"]
+            yield _Value(sketch(value), value.size)
+
+
+def _portions(cuts: Sequence[Cut], reads: Mapping[str, tuple[int, Read]]) -> Iterator[list[Cut]]:
+    portion, held = list[Cut](), 0
+    for cut in cuts:
+        if unknown := [name for name in cut.inputs if name not in reads]:
+            raise BundleError(f"{cut.layer} reads {unknown[0]}, and did not at conversion")
+        size = sum(4 * int(np.prod(reads[name][1].shape)) for name in cut.inputs)
+        if portion and held + size > HELD_BYTES:
+            yield portion
+            portion, held = [], 0
+        portion.append(cut)
+        held += size
+    if portion:
+        yield portion
+
+
+def noise(number: int, read: Read) -> np.ndarray:
+    """Uniform noise in the place of a value; Philox's stream is the same everywhere."""
+    count = int(np.prod(read.shape))
+    words = np.random.Philox(key=number).random_raw(-(-count // 4)).astype("<u8").view("<u2")
+    unit = (words[:count].reshape(read.shape) + 0.5) / 2**16 * 2 - 1
+    made: np.ndarray = (read.mean + read.deviation * math.sqrt(3) * unit).astype(np.float32)
+    return made
+
+
+def _as_validated(model: Any, fed: Arrays, **options: Any) -> Arrays:
+    """What the layers give as the backend runs the whole file."""
+    return onnxruntime.run_bytes(model.SerializeToString(), fed, **options)
