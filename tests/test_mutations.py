@@ -387,14 +387,6 @@ def test_a_sampler_that_asks_more_often_than_it_did_fails(bundles, tmp_path):
     assert "more often than PyTorch did" in told.reason
 
 
-@pytest.mark.parametrize(
-    ("what", "told"),
-    [
-        ("shape", "describes its inputs"),
-        ("name", "describes its outputs"),
-        ("version", "version 1"),
-    ],
-)
 def test_noise_that_a_last_step_adds_fails(tmp_path):
     """Golden cases hold zeros for the steps that add none, so nothing else would show it."""
     make_small_pipeline().save_pretrained(tmp_path / "model")
@@ -445,6 +437,14 @@ def test_an_onnx_file_that_declares_itself_otherwise_is_refused(bundles, tmp_pat
     assert ("INT8 weights" if what == "weights" else "declares its") in report.summary
 
 
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("shape", "describes its inputs"),
+        ("name", "describes its outputs"),
+        ("version", "version 1"),
+    ],
+)
 def test_a_package_that_describes_itself_otherwise_is_refused(bundles, tmp_path, what, told):
     """Core ML reads the description; the program in it is sound."""
 

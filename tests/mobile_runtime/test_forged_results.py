@@ -296,6 +296,27 @@ def test_times_of_calls_that_a_picture_does_not_make_fail(
     assert "which is not what it calls" in report.summary
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"parts_ms": {"unet": [5.0, 5.0, 5.0]}, "times_ms": [0.001]}, "15 ms of model calls"),
+        ({"times_ms": [1.0] * 9}, "has 9 timed calls, and the job asks for"),
+    ],
+)
+def test_times_that_do_not_fit_each_other_or_the_job_fail(
+    bundle: Bundle, phone: Path, values: dict[str, Any], told: str
+) -> None:
+    steps = bundle.manifest.golden.prompts[0].steps
+    if "parts_ms" in values:
+        values = {**values, "parts_ms": {"unet": [15.0 / steps] * steps}}
+        record = json.loads((phone / "result/prompt-0.json").read_text())
+        values["times_ms"] = [0.001] * len(record["timing"]["times_ms"])
+    set_timing(phone, "prompt-0", **values)
+    report = judged(bundle, phone)
+    assert report.verdict == "fail"
+    assert told in report.summary
+
+
 def test_what_a_device_says_of_itself_is_short_and_plain(bundle: Bundle, phone: Path) -> None:
     device = json.loads((phone / "result/device.json").read_text())
     environment = device["environment"] | {"cpu": "y" * 100_000, "libraries": {"z" * 9000: "1"}}

@@ -81,7 +81,7 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path, capsys):
     argv = ["profile", str(bundle.path), "--component", "unet", "-o", str(tmp_path / "traces")]
     assert run_cli(main, argv) == 2
     assert "cannot load" in capsys.readouterr().err
-    assert list((tmp_path / "traces").iterdir()) == []
+    assert not (tmp_path / "traces").exists()
 
 
 class Untraced:
