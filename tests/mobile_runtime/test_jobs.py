@@ -114,7 +114,7 @@ def test_a_model_that_does_not_load_is_told_and_the_others_run(
         **{f"prompt-{k}": "fail" for k in range(len(bundle.manifest.golden.prompts))},
     }
     assert records["unet"] is not None
-    assert "onnxruntime cannot load" in records["unet"].reason
+    assert "is no ONNX model" in records["unet"].reason
 
 
 def test_a_runtime_that_is_not_there_is_not_run(bundle: Bundle, tmp_path: Path) -> None:
