@@ -194,7 +194,11 @@ def check_layers(bundle: Bundle, component: ComponentName, runtime: Runtime) -> 
         )
     wrong = [figure for figure in figures if figure.wrong]
     if not wrong:
-        reason = f"each of {len(figures)} quantized layers alone gives what it gave at conversion"
+        every = len(bundle.quantized_layers(component))
+        reason = (
+            f"{len(figures)} of {every} quantized layers, each alone, give what they gave at "
+            "conversion"
+        )
         return tell("quantized_layers", "pass", reason)
     reason = f"alone, {len(wrong)} of {len(figures)} quantized layers give something else; first "
     reason += taps.tell(wrong[0], runtime.arithmetic)

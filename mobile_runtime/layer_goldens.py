@@ -60,9 +60,12 @@ def record(
 ) -> None:
     """Keep what a final ONNX file's quantized layers give alone, in the file `kept`.
 
-    known: the component's taps. feeds: its first golden case. outputs: the file's own.
+    known: the component's taps; a layer without one, whose value is too large, is left out. feeds:
+    its first golden case. outputs: the file's own. Nothing is written where no layer is left.
     """
     model, cuts = layer_cuts.cut(path, known, layers)
+    if not cuts:
+        return
     reads = _reads(path, known, cuts, feeds, outputs)
     numbered = _numbered(reads)
     references = list(_each(model, cuts, numbered, layer_cuts.unoptimized))
@@ -108,7 +111,9 @@ def measure(
 
         return [value.sketch for value in _each(model, cuts, reads, run)]
 
-    if missing := set(bundle.quantized_layers(component)) - {tap.layer for tap in kept.taps}:
+    tapped = {tap.layer for tap in known.taps} if known else set()
+    quantized = set(bundle.quantized_layers(component)) & tapped
+    if missing := quantized - {tap.layer for tap in kept.taps}:
         reason = f"{path} lacks {len(missing)} of the quantized layers, {min(missing)} for one"
         return NoRun("fail", reason)
     usual = taps.Bounds(taps.CEILING_DB, taps.SAME_MACHINE_DB, taps.SAME_MACHINE_DB)

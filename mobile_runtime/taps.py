@@ -33,6 +33,8 @@ from mobile_runtime.sketches import SKETCH_SIZE, sketch, sketch_snr_db
 
 # Attention scores at a large size would take long and tell nothing that their use does not.
 MAX_ELEMENTS = 2**24
+MOST_ELEMENTS = 2**40
+"""More has no value."""
 TIMESTEPS_PATH = "golden/timesteps.safetensors"
 # A tap diverges where it is so far below what it had at conversion, and it is wrong, so that the
 # component fails, where it is further below. Figures above the ceiling are rounding's last bits,
@@ -146,7 +148,7 @@ def open_taps(path: Path) -> Taps:
     except (AttributeError, KeyError, OSError, SafetensorError, ValidationError) as error:
         raise BundleError(f"{path} holds no taps; make the bundle again") from error
     sound = all(
-        0 < tap.elements <= MAX_ELEMENTS and all(map(math.isfinite, tap.snr_db.values()))
+        0 < tap.elements <= MOST_ELEMENTS and all(map(math.isfinite, tap.snr_db.values()))
         for tap in taps
     )
     if not taps or not sound or steps.ndim != 1 or not np.isfinite(steps).all():
