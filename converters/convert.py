@@ -111,7 +111,7 @@ def convert(request: Request, progress: Progress) -> Bundle:
             plans, options = made.plans, replace(options, palettes=made.palettes)
             records.append(made.record)
         if request.save_pipeline:
-            stages.save(pipeline, plans, request.save_pipeline)
+            stages.save(pipeline, plans, request.save_pipeline, records)
         built = build_components(pipeline, recipe)
         vectors = golden.write(cases, built, make_pipeline, writer.path, progress)
         progress("golden vectors: every token")

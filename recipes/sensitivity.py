@@ -83,12 +83,21 @@ def sensitivities(
             made = make(path, layer)
             replace(path, made)
             try:
-                key = f"{path} {digest_of(type(made).__name__, made)}"
+                key = f"{path} {digest_of(_settings(made), made)}"
                 name = path.split(".")[0]
                 figures[path] = figure(key, partial(reference.snr_db, name))
             finally:
                 replace(path, layer)
     return figures
+
+
+def _settings(made: nn.Module) -> str:
+    """What a quantized layer computes with beside its tensors: the scales of its activations."""
+    told = ("activations", "static", "form")
+    return " ".join(
+        f"{type(part).__name__} {[getattr(part, key, None) for key in told]}"
+        for part in made.modules()
+    )
 
 
 def _output(modules: Sequence[nn.Module], call: Call) -> Tensor:

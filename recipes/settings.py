@@ -175,7 +175,8 @@ class DistillSettings(TrainingSettings):
         default=None,
         ge=2,
         le=1000,
-        description="progressive: to halve from (8 times steps); lcm: the solver's (50)",
+        description="progressive: to halve from (8 times steps); lcm: the solver's (50; "
+        "40 for 4 and 8 steps)",
     )
     pictures: int = Field(
         default=1024,

@@ -33,7 +33,7 @@ from recipes.schedulers import choose_scheduler, every_timestep
 from recipes.schema import PRESERVING, Recipe, Stage
 from recipes.work import Done, Outcome, Work
 
-PLAN = "quantization_plan.json"
+PLAN, RECORDS = "quantization_plan.json", "stages.json"
 SUPERSEDED = "not needed: what was trained from it is kept"
 
 
@@ -267,8 +267,15 @@ def _look(pipeline: Any, recipe: Recipe) -> probe.Seen:
     return probe.look(pipeline, recipe.golden_prompts[0], size, timestep)
 
 
-def save(pipeline: Any, plans: Sequence[LayerPlan], folder: Path) -> None:
-    """Write the pipeline as an ordinary diffusers folder, with `quantization_plan.json` in it.
+def save(
+    pipeline: Any,
+    plans: Sequence[LayerPlan],
+    folder: Path,
+    records: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Write the pipeline as an ordinary diffusers folder.
+
+    `quantization_plan.json` in it has the plan, `stages.json` the record of each stage.
 
     Quantized layers are saved as the float32 weights that their integers stand for, and a folded
     UNet with its time path, so that `DiffusionPipeline.from_pretrained` opens the folder. The
@@ -290,7 +297,9 @@ def save(pipeline: Any, plans: Sequence[LayerPlan], folder: Path) -> None:
         pipeline.scheduler.save_pretrained(partial / "scheduler")
         pipeline.save_config(partial)
         plan = [entry.model_dump(mode="json") for entry in plans]
-        (partial / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        for name, told in ((PLAN, plan), (RECORDS, list(records))):
+            text = json.dumps(told, indent=1) + "\n"
+            (partial / name).write_text(text, encoding="utf-8")
         open_to_others(partial)
         partial.rename(folder)
     except BaseException:

@@ -398,6 +398,21 @@ def test_a_solver_that_does_not_divide_the_schedule_is_told(prompts: Path) -> No
         stages.check(make_tiny_pipeline(), recipe(prompts, method="lcm", teacher_steps=33))
 
 
+@pytest.mark.parametrize(("steps", "solver"), [(1, 50), (2, 50), (4, 40), (8, 40)])
+def test_the_solvers_usual_steps_are_a_multiple_of_the_students(
+    steps: int, solver: int, prompts: Path
+) -> None:
+    asked = recipe(prompts, method="lcm", steps=steps)
+    stages.check(make_tiny_pipeline(), asked)
+    settings = asked.stages[0].distill
+    assert settings is not None
+    assert distill.solver_steps(settings) == solver
+    with pytest.raises(UserError, match=r"125 is no multiple of steps \(2\); give 40"):
+        stages.check(
+            make_tiny_pipeline(), recipe(prompts, method="lcm", steps=2, teacher_steps=125)
+        )
+
+
 def test_other_settings_other_prompts_and_other_weights_are_another_training(
     prompts: Path, tmp_path: Path
 ) -> None:
@@ -565,6 +580,9 @@ def test_a_lora_of_a_stage_that_is_not_needed_may_be_gone(
         return {path.name for path in (tmp_path / output).glob("*.safetensors")}
 
     assert len(run("first")) == 2
+    told = json.loads((tmp_path / "first" / stages.RECORDS).read_text())
+    assert [record["stage"] for record in told] == ["distill", "distill"]
+    assert all({"before", "after", "optimizer_steps"} <= record.keys() for record in told[1:])
     (gone,) = [
         folder
         for folder in (tmp_path / "cache").iterdir()
@@ -686,6 +704,17 @@ def test_what_was_moved_to_train_is_moved_back(
     for part in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
         assert places[id(part)][0] == "cpu:0"
     assert {moves[-1] for moves in places.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["pocket_turbo", "pocket_turbo_mini"])
+def test_a_resolution_that_cannot_be_is_refused_before_any_stage(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "apply", None)
+    argv = ["--recipe", name, "--resolution", "58", "--output", str(tmp_path / "x")]
+    assert run_cli(distill.main, argv) == 2
+    assert "a height of 58 pixels is no multiple of 4" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_that_cannot_be_is_refused_before_any_stage(

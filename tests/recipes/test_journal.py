@@ -122,6 +122,43 @@ def test_a_sensitivity_pass_goes_on_where_it_was_killed(
     assert not list(cache.glob("sensitivity-*"))
 
 
+PERCENTILE = {"observer": "percentile", "percentile": 90.0, "samples": 2}
+
+
+@pytest.mark.parametrize(
+    ("killed", "then"),
+    [
+        ({}, {"calibration": PERCENTILE}),
+        ({"activations": "int8_dynamic"}, {"activations": "none"}),
+    ],
+    ids=["observer", "activations"],
+)
+def test_a_killed_pass_lends_nothing_to_one_with_other_scales(
+    recipe: schema.Recipe,
+    killed: dict[str, Any],
+    then: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    cache: Path,
+) -> None:
+    def run(changes: dict[str, Any]) -> list[Any]:
+        data = recipe.resolved()
+        own = data["stages"][0]["quantize"]
+        usual = {"samples": 2, "prompts": own["calibration"]["prompts"]}
+        own |= {"activations": "int8_static", **changes}
+        own["calibration"] = usual | changes.get("calibration", {})
+        if own["activations"] != "int8_static":
+            del own["calibration"]
+        return stages.apply(make_small_pipeline(), schema.parse(data)).plans
+
+    wanted = run(then)
+    with monkeypatch.context() as patch:
+        dying(patch, Reference, "snr_db", 20)
+        with pytest.raises(Killed):
+            run(killed)
+    assert list(cache.glob("sensitivity-*.jsonl"))
+    assert run(then) == wanted
+
+
 def test_taylor_goes_on_with_the_picture_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
