@@ -84,6 +84,13 @@ def _behind(value: str, readers: dict[str, list[Any]]) -> list[Any]:
     return []
 
 
+def sizes(known: taps.Taps, names: Iterable[str]) -> dict[str, int]:
+    """How many elements values have, about: the file tells it of none, and the taps of many."""
+    elements = {tap.value: tap.elements for tap in known.taps}
+    usual = sum(elements.values()) // len(elements)
+    return {name: elements.get(name, usual) for name in names}
+
+
 def beside(model: Any, cuts: Sequence[Cut], seen: Arrays) -> tuple[Any, Arrays]:
     """One model of the layers, and what to feed it. Only their constants keep their names.
 

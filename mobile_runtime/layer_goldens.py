@@ -29,7 +29,7 @@ from mobile_runtime.manifest import ComponentName
 from mobile_runtime.runs import NoRun, Runtime
 from mobile_runtime.sketches import sketch, sketch_snr_db
 
-HELD_BYTES = 2**29
+HELD_BYTES = 2**27
 """Of what layers read at a time."""
 OTHER_MACHINE_DB = 45.0
 """Integers are the same everywhere; a layer that a processor computes in floats is close."""
@@ -139,9 +139,7 @@ def _reads(
 
     for name in set(names) & feeds.keys():
         look(name, feeds[name])
-    # How large each is, the file does not tell; none is larger than the largest value inside.
-    largest = max(tap.elements for tap in known.taps)
-    wanted = {name: largest for name in names if name not in feeds}
+    wanted = layer_cuts.sizes(known, (name for name in names if name not in feeds))
     backends.watch(path, "onnxruntime", feeds, wanted, outputs, look)
     return [found[name] for name in names]
 
@@ -203,8 +201,9 @@ def noise(number: int, read: Read) -> np.ndarray:
     """Uniform noise in the place of a value; Philox's stream is the same everywhere."""
     count = int(np.prod(read.shape))
     words = np.random.Philox(key=number).random_raw(-(-count // 4)).astype("<u8").view("<u2")
-    unit = (words[:count].reshape(read.shape) + 0.5) / 2**16 * 2 - 1
-    made: np.ndarray = (read.mean + read.deviation * math.sqrt(3) * unit).astype(np.float32)
+    made = words[:count].reshape(read.shape).astype(np.float32)
+    made *= np.float32(read.deviation * math.sqrt(3) / 2**15)
+    made += np.float32(read.mean - read.deviation * math.sqrt(3) * (1 - 2**-16))
     return made
 
 

@@ -144,13 +144,11 @@ def _part(bundle: Bundle, component: ComponentName, wanted: Sequence[str]) -> Pa
     model, cuts = layer_cuts.cut(bundle.file(entry.path), known, wanted)
     feeds = golden_cases(bundle, component)[0].inputs
     seen = dict(feeds)
-    # How large each is, the file does not tell; none is larger than the largest value inside.
-    largest = max(tap.elements for tap in known.taps)
     backends.watch(
         bundle.file(entry.path),
         "onnxruntime",
         feeds,
-        {name: largest for one in cuts for name in one.inputs if name not in feeds},
+        layer_cuts.sizes(known, (n for one in cuts for n in one.inputs if n not in feeds)),
         [spec.name for spec in entry.outputs],
         lambda name, value: seen.update({name: value.copy()}),
     )
