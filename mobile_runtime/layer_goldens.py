@@ -2,14 +2,14 @@
 
 Where activations are quantized, the rounding of all the layers before it hides a small error of
 one: a bias that is gone, a doubled scale. So of each such layer of an ONNX file the bundle keeps a
-sketch (`golden/COMPONENT.layers.safetensors`) of what the layer alone makes of seeded noise, which
-has the mean and the deviation of what it reads in the first golden case. It is computed with every
-QuantizeLinear and DequantizeLinear by itself; integer kernels give the same on any processor. (That
-layers compute what PyTorch's do is measured at conversion: converters/layer_check.py.)
+sketch (`golden/COMPONENT.layers.safetensors`) of what the layer alone makes of seeded noise, over
+twice the range of what it reads in the first golden case, so that it saturates at either end. It is
+computed with every QuantizeLinear and DequantizeLinear by itself; integer kernels give the same on
+any processor. (That layers compute what PyTorch's do is measured at conversion:
+converters/layer_check.py.)
 """
 
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,8 +41,8 @@ class Read:
 
     name: str
     shape: tuple[int, ...]
-    mean: float
-    deviation: float
+    low: float
+    high: float
 
 
 def path_of(component: str) -> str:
@@ -134,8 +134,7 @@ def _reads(
     found: dict[str, Read] = {}
 
     def look(name: str, value: np.ndarray) -> None:
-        mean, deviation = float(value.mean(dtype=np.float64)), float(value.std(dtype=np.float64))
-        found[name] = Read(name, value.shape, mean, deviation)
+        found[name] = Read(name, value.shape, float(value.min()), float(value.max()))
 
     for name in set(names) & feeds.keys():
         look(name, feeds[name])
@@ -198,12 +197,13 @@ def _portions(cuts: Sequence[Cut], reads: Mapping[str, tuple[int, Read]]) -> Ite
 
 
 def noise(number: int, read: Read) -> np.ndarray:
-    """Uniform noise in the place of a value; Philox's stream is the same everywhere."""
+    """Uniform noise over twice a value's range; Philox's stream is the same everywhere."""
     count = int(np.prod(read.shape))
     words = np.random.Philox(key=number).random_raw(-(-count // 4)).astype("<u8").view("<u2")
     made = words[:count].reshape(read.shape).astype(np.float32)
-    made *= np.float32(read.deviation * math.sqrt(3) / 2**15)
-    made += np.float32(read.mean - read.deviation * math.sqrt(3) * (1 - 2**-16))
+    width = (read.high - read.low) or 1.0
+    made *= np.float32(2 * width / 2**16)
+    made += np.float32(read.low - width / 2)
     return made
 
 

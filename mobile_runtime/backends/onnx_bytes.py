@@ -16,6 +16,8 @@ VALUE_TYPE, TYPE_TENSOR, TYPE_ELEMENT, TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = 2, 1, 
 DTYPES = {1: "float32", 6: "int32", 7: "int64", 10: "float16"}
 """Those of a manifest's tensors, by TensorProto.DataType."""
 INT8 = 3
+LONGEST_BITS = 70
+"""Of a number on the wire: ten bytes of seven."""
 Form = tuple[str | None, tuple[int | None, ...] | None]
 """A tensor's dtype and shape; None where the file tells none."""
 
@@ -47,7 +49,7 @@ def declared(model: bytes | memoryview) -> Declared:
                 if _numbers(part, TENSOR_DTYPE) == [INT8]:
                     int8 |= _names(part, TENSOR_NAME)
             elif own == NODE and _names(part, NODE_OP) == {"DequantizeLinear"}:
-                read.add(_text(part, NODE_INPUT)[0])
+                read |= set(_text(part, NODE_INPUT)[:1])
     return Declared(inputs, outputs, len(int8 & read))
 
 
@@ -152,6 +154,8 @@ def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
         byte = message[at]
         number |= (byte & 0x7F) << shift
         at, shift = at + 1, shift + 7
+        if shift > LONGEST_BITS:
+            raise ValueError("a number of more than ten bytes")
         if byte < 0x80:
             return number, at
     raise ValueError("cut short")

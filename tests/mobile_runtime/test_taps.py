@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mobile_runtime import sketches, taps
-from mobile_runtime.backends.onnx_bytes import more_outputs
+from mobile_runtime.backends.onnx_bytes import declared, more_outputs
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import BundleError
 from mobile_runtime.sketches import SKETCH_SIZE, sketch, sketch_snr_db
@@ -96,6 +96,12 @@ def test_outputs_put_behind_a_model_are_read_as_its_own(names):
     read = onnx.load_from_string(model.SerializeToString() + more_outputs(names))
     assert [output.name for output in read.graph.output] == names
     assert read.graph.name == "g"
+
+
+def test_bytes_that_are_no_model_are_refused_at_once():
+    for garbage in (b"\xff" * 1_000_000, b"\x3a\xff\xff\xff\xff\x0f", b"not a model"):
+        with pytest.raises(ValueError, match=r"more than ten bytes|cut short|wire type"):
+            declared(garbage)
 
 
 def test_taps_are_read_as_they_were_written_and_damaged_ones_are_told(tmp_path):
