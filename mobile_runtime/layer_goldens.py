@@ -2,14 +2,15 @@
 
 Where activations are quantized, the rounding of all the layers before it hides a small error of
 one: a bias that is gone, a doubled scale. So of each such layer of an ONNX file the bundle keeps a
-sketch (`golden/COMPONENT.layers.safetensors`) of what the layer alone makes of seeded noise, over
-twice the range of what it reads in the first golden case, so that it saturates at either end. It is
-computed with every QuantizeLinear and DequantizeLinear by itself; integer kernels give the same on
-any processor. (That layers compute what PyTorch's do is measured at conversion:
-converters/layer_check.py.)
+sketch (`golden/COMPONENT.layers.safetensors`) of what the layer alone makes of seeded noise: half
+of it as large as what it reads in the first golden case, where a small error shows, half over twice
+the range of that, where it saturates at either end. It is computed with every QuantizeLinear and
+DequantizeLinear by itself; integer kernels give the same on any processor. (That layers compute
+what PyTorch's do is measured at conversion: converters/layer_check.py.)
 """
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class Read:
     shape: tuple[int, ...]
     low: float
     high: float
+    mean: float
+    deviation: float
 
 
 def path_of(component: str) -> str:
@@ -134,7 +137,9 @@ def _reads(
     found: dict[str, Read] = {}
 
     def look(name: str, value: np.ndarray) -> None:
-        found[name] = Read(name, value.shape, float(value.min()), float(value.max()))
+        mean, deviation = float(value.mean(dtype=np.float64)), float(value.std(dtype=np.float64))
+        low, high = float(value.min()), float(value.max())
+        found[name] = Read(name, value.shape, low, high, mean, deviation)
 
     for name in set(names) & feeds.keys():
         look(name, feeds[name])
@@ -197,14 +202,23 @@ def _portions(cuts: Sequence[Cut], reads: Mapping[str, tuple[int, Read]]) -> Ite
 
 
 def noise(number: int, read: Read) -> np.ndarray:
-    """Uniform noise over twice a value's range; Philox's stream is the same everywhere."""
+    """Uniform noise in the place of a value; Philox's stream is the same everywhere.
+
+    The first half of the rows (tokens, or lines of a picture) as the value usually is, the others
+    over twice its range.
+    """
     count = int(np.prod(read.shape))
     words = np.random.Philox(key=number).random_raw(-(-count // 4)).astype("<u8").view("<u2")
     made = words[:count].reshape(read.shape).astype(np.float32)
+    made *= np.float32(2**-15)
+    made -= np.float32(1)
+    rows = read.shape[-2] if len(read.shape) > 1 else 1
+    wide = np.arange(rows)[:, None] >= (rows + 1) // 2
     width = (read.high - read.low) or 1.0
-    made *= np.float32(2 * width / 2**16)
-    made += np.float32(read.low - width / 2)
-    return made
+    reach = np.where(wide, width, math.sqrt(3) * read.deviation).astype(np.float32)
+    middle = np.where(wide, (read.low + read.high) / 2, read.mean).astype(np.float32)
+    both: np.ndarray = (made * reach + middle).reshape(read.shape)
+    return both
 
 
 def _as_validated(model: Any, fed: Arrays, **options: Any) -> Arrays:

@@ -177,6 +177,11 @@ def test_what_layers_read_is_as_it_is_in_the_first_golden_case(bundle: Path) -> 
     _, first = reads["sample"]
     assert first.shape == case.shape
     assert (first.low, first.high) == (case.min(), case.max())
-    noise = layer_goldens.noise(3, layer_goldens.Read("x", (64, 64), 1.0, 3.0))
+    assert (first.mean, first.deviation) == pytest.approx((case.mean(), case.std()), rel=1e-5)
+    read = layer_goldens.Read("x", (1, 64, 64), 1.0, 3.0, 2.5, 0.1)
+    noise = layer_goldens.noise(3, read)
+    usual, wide = noise[:, :32], noise[:, 32:]
     assert noise.dtype == np.float32
-    assert (noise.min(), noise.mean(), noise.max()) == pytest.approx((0, 2, 4), abs=0.05)
+    assert (usual.mean(), usual.std()) == pytest.approx((2.5, 0.1), abs=0.01)
+    assert (wide.min(), wide.mean(), wide.max()) == pytest.approx((0, 2, 4), abs=0.05)
+    assert layer_goldens.noise(3, layer_goldens.Read("x", (8,), 0.0, 0.0, 0.0, 0.0)).shape == (8,)
