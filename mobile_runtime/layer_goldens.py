@@ -41,6 +41,7 @@ class Read:
     """A value that layers read: its name in the file, and the noise that stands for it."""
 
     name: str
+    seed: int
     shape: tuple[int, ...]
     low: float
     high: float
@@ -70,9 +71,8 @@ def record(
     if not cuts:
         return
     reads = _reads(path, known, cuts, feeds, outputs)
-    numbered = _numbered(reads)
-    references = list(_each(model, cuts, numbered, layer_cuts.unoptimized))
-    given = _each(model, cuts, numbered, _as_validated)
+    references = list(_each(model, cuts, reads, layer_cuts.unoptimized))
+    given = _each(model, cuts, reads, _as_validated)
     found = tuple(
         taps.Tap(
             cut.layer,
@@ -88,9 +88,9 @@ def record(
     write(own, reads, kept)
 
 
-def write(own: taps.Taps, reads: Sequence[Read], kept: Path) -> None:
+def write(own: taps.Taps, reads: Mapping[str, Read], kept: Path) -> None:
     """Keep the layers, and what they read."""
-    taps.write(own, kept, reads=json.dumps([asdict(read) for read in reads]))
+    taps.write(own, kept, reads=json.dumps([asdict(read) for read in reads.values()]))
 
 
 def measure(
@@ -131,36 +131,32 @@ def _reads(
     cuts: Sequence[Cut],
     feeds: Arrays,
     outputs: Collection[str],
-) -> list[Read]:
-    """What the layers read, in the order of execution, from a run of the file."""
+) -> dict[str, Read]:
+    """What the layers read, by name, from a run of the file."""
     names = list(dict.fromkeys(name for cut in cuts for name in cut.inputs))
     found: dict[str, Read] = {}
 
     def look(name: str, value: np.ndarray) -> None:
         mean, deviation = float(value.mean(dtype=np.float64)), float(value.std(dtype=np.float64))
         low, high = float(value.min()), float(value.max())
-        found[name] = Read(name, value.shape, low, high, mean, deviation)
+        found[name] = Read(name, names.index(name), value.shape, low, high, mean, deviation)
 
     for name in set(names) & feeds.keys():
         look(name, feeds[name])
     wanted = layer_cuts.sizes(known, (name for name in names if name not in feeds))
     backends.watch(path, "onnxruntime", feeds, wanted, outputs, look)
-    return [found[name] for name in names]
+    return found
 
 
-def open_reads(path: Path) -> dict[str, tuple[int, Read]]:
-    """What the layers read, by name, each with its number, which is the seed of its noise."""
+def open_reads(path: Path) -> dict[str, Read]:
+    """What the layers read, by name, as `write` kept it. BundleError where it is damaged."""
     try:
         with safe_open(path, "numpy") as file:
             told = (file.metadata() or {})["reads"]
         reads = TypeAdapter(list[Read]).validate_json(told)
     except (KeyError, OSError, SafetensorError, ValidationError) as error:
         raise BundleError(f"{path} holds no layers; make the bundle again") from error
-    return _numbered(reads)
-
-
-def _numbered(reads: Sequence[Read]) -> dict[str, tuple[int, Read]]:
-    return {read.name: (number, read) for number, read in enumerate(reads)}
+    return {read.name: read for read in reads}
 
 
 @dataclass(frozen=True)
@@ -174,24 +170,24 @@ class _Value:
 def _each(
     model: Any,
     cuts: Sequence[Cut],
-    reads: Mapping[str, tuple[int, Read]],
+    reads: Mapping[str, Read],
     run: Callable[[Any, Arrays], Arrays],
 ) -> Iterator[_Value]:
     """What each layer alone makes of its noise, in order; some layers at a time."""
     for portion in _portions(cuts, reads):
-        seen = {name: noise(*reads[name]) for cut in portion for name in cut.inputs}
+        seen = {name: noise(reads[name]) for cut in portion for name in cut.inputs}
         values = run(*layer_cuts.beside(model, portion, seen))
         for number in range(len(portion)):
             value = values[f"y{number}"]
             yield _Value(sketch(value), value.size)
 
 
-def _portions(cuts: Sequence[Cut], reads: Mapping[str, tuple[int, Read]]) -> Iterator[list[Cut]]:
+def _portions(cuts: Sequence[Cut], reads: Mapping[str, Read]) -> Iterator[list[Cut]]:
     portion, held = list[Cut](), 0
     for cut in cuts:
         if unknown := [name for name in cut.inputs if name not in reads]:
             raise BundleError(f"{cut.layer} reads {unknown[0]}, and did not at conversion")
-        size = sum(4 * int(np.prod(reads[name][1].shape)) for name in cut.inputs)
+        size = sum(4 * int(np.prod(reads[name].shape)) for name in cut.inputs)
         if portion and held + size > HELD_BYTES:
             yield portion
             portion, held = [], 0
@@ -201,14 +197,14 @@ def _portions(cuts: Sequence[Cut], reads: Mapping[str, tuple[int, Read]]) -> Ite
         yield portion
 
 
-def noise(number: int, read: Read) -> np.ndarray:
+def noise(read: Read) -> np.ndarray:
     """Uniform noise in the place of a value; Philox's stream is the same everywhere.
 
     The first half of the rows (tokens, or lines of a picture) as the value usually is, the others
     over twice its range.
     """
     count = int(np.prod(read.shape))
-    words = np.random.Philox(key=number).random_raw(-(-count // 4)).astype("<u8").view("<u2")
+    words = np.random.Philox(key=read.seed).random_raw(-(-count // 4)).astype("<u8").view("<u2")
     made = words[:count].reshape(read.shape).astype(np.float32)
     made *= np.float32(2**-15)
     made -= np.float32(1)
@@ -223,4 +219,5 @@ def noise(number: int, read: Read) -> np.ndarray:
 
 def _as_validated(model: Any, fed: Arrays, **options: Any) -> Arrays:
     """What the layers give as the backend runs the whole file."""
-    return onnxruntime.run_bytes(model.SerializeToString(), fed, **options)
+    run = onnxruntime.load_file(Path("layers"), model=model.SerializeToString(), **options)
+    return run(fed)

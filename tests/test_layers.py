@@ -8,38 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from converters import cli
 from mobile_runtime import layers_alone
 from mobile_runtime.__main__ import main
 from mobile_runtime.bundle import Bundle
 from mobile_runtime.errors import run_cli
 from mobile_runtime.layers_alone import cut_out
-from tests.converters.small import make_small_pipeline
+from tests.converters.small import convert_quantized
 from tests.mobile_runtime.test_progress import a_terminal
-
-RECIPE = """
-name: small
-source: {{model: {folder}/model}}
-resolution: 16
-schedule: {{steps: 2, guidance_scale: 3.0}}
-stages:
-  - quantize:
-      activations: int8_static
-      calibration: {{prompts: {folder}/prompts.txt, samples: 2, observer: minmax}}
-golden_prompts: [a red tent]
-golden_seeds: 3
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small pipeline with INT8 activations, converted for ONNX."""
     folder = tmp_path_factory.mktemp("layers")
-    make_small_pipeline().save_pretrained(folder / "model")
-    (folder / "prompts.txt").write_text("a red tent\na hat\n")
-    (folder / "small.yaml").write_text(RECIPE.format(folder=folder))
-    argv = ["--recipe", str(folder / "small.yaml"), "--output", str(folder / "bundle")]
-    assert cli.main("onnx", [*argv, "--no-validate"]) == 0
+    convert_quantized(folder)
     return folder
 
 

@@ -91,29 +91,16 @@ def load_file(
     exact: bool = True,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     threads: int = 0,
+    model: bytes | None = None,
 ) -> Runner:
-    """Load an `.onnx` or `.ort` file; options as of `load`."""
-    session = _session(path, _session_options(exact, threads), providers)
+    """Load an `.onnx` or `.ort` file, or what it would hold (model); options as of `load`."""
+    session = _session(path, _session_options(exact, threads), providers, model)
     names = [output.name for output in session.get_outputs()]
 
     def run(feeds: Arrays) -> Arrays:
         return dict(zip(names, session.run(names, feeds), strict=True))
 
     return run
-
-
-def run_bytes(
-    model: bytes,
-    feeds: Arrays,
-    *,
-    exact: bool = True,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
-    threads: int = 0,
-) -> Arrays:
-    """What a model's bytes give; options as of `load`."""
-    session = _session(Path("layers"), _session_options(exact, threads), providers, model)
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def watch(

@@ -5,10 +5,10 @@
     python -m tests.benchmarks.mutations --device local      # as --device judges it
 
 Prints a table of the damages (what was named as the first layer to diverge, and whether anything
-but the values inside told), and what undamaged bundles of pipelines with other weights got. The
-bundles are a small pipeline's with seeded weights, and the embedded model's, where much damage does
-not reach the output. Exits with 1 where a damage was missed or misplaced, or an undamaged bundle
-rejected.
+but the values inside told), how many small ones are found that INT8 activations could hide, and
+what undamaged bundles of pipelines with other weights got. The bundles are a small pipeline's with
+seeded weights, and the embedded model's, where much damage does not reach the output. Exits with 1
+where a damage was missed or misplaced, or an undamaged bundle rejected.
 """
 
 import argparse
@@ -20,17 +20,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import onnx
 from tqdm import tqdm
 
 from converters import cli
 from mobile_runtime import taps
 from mobile_runtime.bundle import Bundle
-from mobile_runtime.manifest import Target
+from mobile_runtime.checks import check_unseen
+from mobile_runtime.judge import judge_component
+from mobile_runtime.manifest import ComponentName, Target
 from mobile_runtime.on_devices import Asked, validate_on
 from mobile_runtime.report import NAMING, Check, Report
+from mobile_runtime.validate import run_here, runtimes
 from tests.benchmarks.machine import describe
 from tests.converters.small import make_small_pipeline
-from tests.damages import Damage, damaged, on_weight
+from tests.damages import Damage, Graph, damaged, on_graph, on_weight
 from tests.test_mutations import DAMAGES, PACKAGE_DAMAGES, RECIPE, checked
 from tests.test_unseen_damage import LAYER, scaled_column, slightly_wrong, small_recipe
 
@@ -52,7 +57,7 @@ def main() -> int:
     print(describe())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        missed = _damages(folder, judge)
+        missed = _damages(folder, judge) + _rounding_hides(folder)
         rejected = _undamaged(folder, args.seeds, judge)
     return int(bool(missed or rejected))
 
@@ -132,9 +137,79 @@ def _damages(folder: Path, judge: Checked) -> int:
 def _told(report: Report) -> tuple[str | None, list[Check]]:
     """The layer that a report names first, and the other checks that failed."""
     failed = [check for check in report.checks if check.gated and check.status == "fail"]
+    return _named(failed), [check for check in failed if check.kind not in NAMING]
+
+
+def _named(failed: list[Check]) -> str | None:
+    """The layer that the surest of the checks that failed names."""
     named = [c for kind in NAMING for c in failed if c.kind == kind and "layer" in c.details]
-    layer = named[0].details["layer"] if named else None
-    return layer, [check for check in failed if check.kind not in NAMING]
+    return named[0].details["layer"] if named else None
+
+
+def _rounding_hides(folder: Path) -> int:
+    """Damage small layers of INT8 activations; returns how many biases were missed.
+
+    Each bias of the text encoder, zeroed and rolled by one, and every second zero point of the
+    decoder, moved (which changes something only where values saturate).
+    """
+    bundle = folder / "pocket_turbo_w8a8, ONNX" / "bundle"
+    kept = [taps.open_taps(path).taps for path in bundle.glob("golden/*.layers.safetensors")]
+    least = min(tap.snr_db["float32"] for own in kept for tap in own)
+    print(f"\n{sum(map(len, kept))} quantized layers alone, the least like it: {least:.1f} dB")
+    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "zeroed": np.zeros_like,
+        "rolled": partial(np.roll, shift=1),
+    }
+    names = [name for name in _constants(bundle, "text_encoder") if name.endswith(".bias")]
+    missed = 0
+    for what, change in changes.items():
+        told = [_first(bundle, "text_encoder", name, change, folder) for name in names]
+        missed += told.count(None)
+        right = sum(
+            layer == name.removesuffix(".bias") for name, layer in zip(names, told, strict=True)
+        )
+        print(f"biases {what}: {len(told) - told.count(None)} of {len(told)} fail, {right} named")
+    graph = onnx.load(bundle / "vae_decoder/model.onnx").graph
+    read = [node.input[2] for node in graph.node if node.op_type == "QuantizeLinear"]
+    points = list(dict.fromkeys(read))[::2]
+    for steps in (30, -60, 100):
+        move = partial(_moved, steps=steps)
+        told = [_first(bundle, "vae_decoder", name, move, folder) for name in points]
+        print(f"zero points moved by {steps}: {len(told) - told.count(None)} of {len(told)} fail")
+    return missed
+
+
+def _moved(point: np.ndarray, steps: int) -> np.ndarray:
+    return np.clip(point.astype(np.int32) + steps, -128, 127)
+
+
+def _constants(bundle: Path, component: ComponentName) -> list[str]:
+    return [one.name for one in onnx.load(bundle / component / "model.onnx").graph.initializer]
+
+
+def _first(
+    bundle: Path,
+    component: ComponentName,
+    name: str,
+    change: Callable[[np.ndarray], np.ndarray],
+    folder: Path,
+) -> str | None:
+    """What a component's checks name first with one constant changed; None where none fails."""
+
+    def apply(graph: Graph) -> None:
+        before = graph.constant(name)
+        graph.set_constant(name, change(before).astype(before.dtype))
+
+    place = damaged(bundle, Damage(name, on_graph(component, apply)), folder / "rounding")
+    opened = Bundle.open(place)
+    (runtime,) = runtimes(opened)
+    run = run_here(opened, component, runtime, repeats=0, step=lambda text: None)
+    checks = judge_component(opened, component, runtime, run).checks
+    checks += check_unseen(opened, component, runtime, checks)
+    shutil.rmtree(place)
+    failed = [check for check in checks if check.gated and check.status == "fail"]
+    layer = _named(failed)
+    return layer or ("no layer" if failed else None)
 
 
 def _undamaged(folder: Path, seeds: int, judge: Checked) -> int:

@@ -4,12 +4,34 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from converters import components
+from converters import cli, components
 from converters.components import Component
 from recipes import quantize, schema
 from tests.conftest import make_tiny_pipeline
 
+QUANTIZED = """
+name: small
+source: {{model: {folder}/model}}
+resolution: 16
+schedule: {{steps: 2, guidance_scale: 3.0}}
+stages:
+  - quantize:
+      activations: int8_static
+      calibration: {{prompts: {folder}/prompts.txt, samples: 2, observer: minmax}}
+golden_prompts: [a red tent]
+golden_seeds: 3
+"""
 NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+
+
+def convert_quantized(folder: Path) -> Path:
+    """The small pipeline with INT8 activations, converted for ONNX into a bundle in a folder."""
+    make_small_pipeline().save_pretrained(folder / "model")
+    (folder / "prompts.txt").write_text("a red tent\na hat\n")
+    (folder / "small.yaml").write_text(QUANTIZED.format(folder=folder))
+    argv = ["--recipe", str(folder / "small.yaml"), "--output", str(folder / "bundle")]
+    assert cli.main("onnx", [*argv, "--no-validate"]) == 0
+    return folder / "bundle"
 
 
 def make_small_pipeline(seed: int = 0) -> Any:
