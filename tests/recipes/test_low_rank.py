@@ -44,13 +44,6 @@ def _little_is_watched_and_nothing_counted(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(stages, "_measure", lambda *_: {})
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
-    path.write_text("a tent\na stone\n")
-    return path
-
-
 def recipe(prompts: Path, *before: Any, **settings: Any) -> schema.Recipe:
     asked = {
         "iterations": 2,

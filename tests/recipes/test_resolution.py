@@ -45,13 +45,6 @@ STUDENT = {
 }
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
-    path.write_text("a tent\na stone\n")
-    return path
-
-
 def recipe(prompts: Path, *more: dict[str, Any], side: Any = 16, **settings: Any) -> Recipe:
     asked = {**SETTINGS, "prompts": str(prompts), **settings}
     return schema.parse(
