@@ -42,7 +42,7 @@ def check(pipeline: Any, settings: DecoderSettings, recipe: Recipe) -> None:
         _check_fit(open_tiny(settings.model, settings.revision, weights=False), pipeline, settings)
     if not settings.iterations:
         return
-    prompts.check(settings.prompts)
+    prompts.check_training(settings, recipe)
     names = [stage.name for stage in recipe.stages]
     if "decoder" in names and "distill" in names[names.index("decoder") :]:
         raise UserError(
@@ -143,17 +143,18 @@ class _Lesson:
         self.device = accelerator().device
         self.held_out = None
         if settings.held_out:
-            latents = self.draw("held_out", settings.held_out, settings.seed + 1)
+            usual = prompts.drawer(settings.prompts, work.recipe)
+            latents = self.draw("held_out", usual, settings.held_out, settings.seed + 1)
             self.held_out = latents, drawn.pictures(pipeline, latents.to(self.device))
 
-    def draw(self, name: str, count: int, seed: int) -> Tensor:
+    def draw(self, name: str, draw_prompts: prompts.Draw, count: int, seed: int) -> Tensor:
         """Latents (count, C, h, w) that the pipeline draws by the recipe's schedule."""
         recipe = self.work.recipe
         with accelerator().main_process_first():
             scheduler = choose_scheduler(self.pipeline.scheduler, recipe.schedule.scheduler)
             _, latents = drawn.draw(
                 with_modules(self.pipeline, {"scheduler": scheduler}),
-                prompts.drawer(self.settings.prompts, recipe),
+                draw_prompts,
                 count,
                 latent_size(self.pipeline, recipe.height, recipe.width),
                 steps=recipe.schedule.steps,
@@ -166,7 +167,8 @@ class _Lesson:
 
     def train(self, tiny: Any) -> None:
         """Train the decoder of a tiny autoencoder in place."""
-        latents = self.draw("drawn", self.settings.pictures, self.settings.seed)
+        said = prompts.emphasized(self.settings, self.work.recipe)
+        latents = self.draw("drawn", said, self.settings.pictures, self.settings.seed)
         latents = torch.cat([latents, noised(latents, self.settings.noise, self.settings.seed)])
         # Decoded once: the full decoder costs more than a step of the tiny one's training.
         wanted = torch.from_numpy(drawn.pictures(self.pipeline, latents.to(self.device)))

@@ -52,7 +52,7 @@ WATCHED = 8
 
 def check(pipeline: Any, settings: DistillSettings, recipe: Recipe) -> None:
     """Refuse, before any work, what cannot be distilled."""
-    prompts.check(settings.prompts)
+    prompts.check_training(settings, recipe)
     noise = Noise.of(pipeline.scheduler, torch.device("cpu"))
     if settings.method == "output":
         own = type(pipeline.scheduler).__name__
@@ -163,7 +163,7 @@ class _Training:
         self.teacher: Any = work.teacher
         self.noise = Noise.of(pipeline.scheduler, self.device)
         self.size = latent_size(pipeline, work.recipe.height, work.recipe.width)
-        self.draw_prompts = prompts.drawer(settings.prompts, work.recipe)
+        self.draw_prompts = prompts.emphasized(settings, work.recipe)
         self.empty = drawn.text_states(self.pipeline, [""])
         self.scheduler = scheduler_after(pipeline.scheduler, settings)
 

@@ -36,7 +36,7 @@ MEASURED = 4
 
 def check(pipeline: Any, settings: FinetuneSettings, recipe: Recipe) -> None:
     """Refuse, before any work, a quantization without a gradient, or with nothing to tune."""
-    prompts.check(settings.prompts)
+    prompts.check_training(settings, recipe)
     asked = _quantization(recipe)
     if "int4" in asked.every_weights:
         # Their float branch is made anew of the tuned weights, which undoes what was trained.
@@ -136,7 +136,7 @@ class _Lesson:
             scheduler=self.scheduler,
             steps=self.schedule.every_steps,
             size=latent_size(pipeline, self.recipe.height, self.recipe.width),
-            draw_prompts=prompts.drawer(settings.prompts, self.recipe),
+            draw_prompts=prompts.emphasized(settings, self.recipe),
             teacher_guidance=self.schedule.guidance_scale,
             student_guidance=self.schedule.guidance_scale,
         )

@@ -1,5 +1,6 @@
 """Prompts to train on, to calibrate with and to judge by: a file, or what fits the source."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import numpy as np
 from mobile_runtime.errors import UserError
 from recipes.paths import user_path
 from recipes.schema import Recipe
+from recipes.settings import EmphasisSettings, TrainingSettings
 
 MOST_BYTES = 50_000_000
 DEFAULT = Path(__file__).parent / "prompts.txt"
 PAIR_SHARE = 0.3
 """Of the embedded model's captions, those of two objects."""
+TRIED = 1000
+"""Prompts among which one that is emphasized has to be."""
 
 Draw = Callable[[np.random.Generator, int], list[str]]
 
@@ -50,6 +54,20 @@ def check(named: str | None) -> None:
         read(user_path(named))
 
 
+def check_training(settings: TrainingSettings, recipe: Recipe) -> None:
+    """The same for a training, and refuse an emphasis on prompts that there are none of."""
+    check(settings.prompts)
+    emphasis = settings.emphasis
+    if emphasis is None:
+        return
+    drawn = drawer(settings.prompts, recipe)(np.random.default_rng(0), TRIED)
+    if not any(map(_pattern(emphasis).search, drawn)):
+        raise UserError(
+            f"emphasis.matching: {emphasis.matching!r} is found in none of {TRIED} prompts; the "
+            f"first of them is {drawn[0]!r}"
+        )
+
+
 def default_of(recipe: Recipe) -> str:
     """Which prompts `drawer` gives without a file: the same text for the same prompts."""
     if recipe.source.model == "embedded":
@@ -67,6 +85,28 @@ def drawer(named: str | None, recipe: Recipe) -> Draw:
         return _captions
     prompts = read(DEFAULT if named is None else user_path(named))
     return lambda rng, n: [prompts[index] for index in rng.integers(len(prompts), size=n)]
+
+
+def emphasized(settings: TrainingSettings, recipe: Recipe) -> Draw:
+    """The same for a training, with the share of its prompts that it shall learn from more."""
+    draw = drawer(settings.prompts, recipe)
+    emphasis = settings.emphasis
+    if emphasis is None:
+        return draw
+    pattern, share = _pattern(emphasis), emphasis.share
+
+    def more(rng: np.random.Generator, n: int) -> list[str]:
+        said = draw(rng, n)
+        for index in np.flatnonzero(rng.random(n) < share):
+            while not pattern.search(said[index]):
+                (said[index],) = draw(rng, 1)
+        return said
+
+    return more
+
+
+def _pattern(emphasis: EmphasisSettings) -> re.Pattern[str]:
+    return re.compile(emphasis.matching, re.IGNORECASE)
 
 
 def _captions(rng: np.random.Generator, n: int) -> list[str]:

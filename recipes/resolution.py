@@ -38,7 +38,7 @@ HELD_OUT = 64
 
 def check(pipeline: Any, settings: ResolutionSettings, recipe: Recipe) -> None:
     """Refuse, before any work, sizes that there is nothing to learn from."""
-    prompts.check(settings.prompts)
+    prompts.check_training(settings, recipe)
     Noise.of(pipeline.scheduler, torch.device("cpu"))
     if not hasattr(pipeline.vae, "quant_conv"):
         raise UserError(
@@ -117,7 +117,7 @@ class _Lesson:
         with accelerator().main_process_first():
             said, latents = drawn.draw(
                 self.teacher,
-                prompts.drawer(settings.prompts, self.work.recipe),
+                prompts.emphasized(settings, self.work.recipe),
                 count,
                 latent_size(self.pipeline, *settings.drawn_at),
                 steps=settings.draw_steps,

@@ -1,5 +1,6 @@
 """The settings of each stage, strict. What a stage does with them is in the module of its name."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -114,6 +115,24 @@ class PruneSettings(Settings):
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
+class EmphasisSettings(Settings):
+    """Prompts to learn from more often, where what they show is lost first."""
+
+    matching: str = Field(
+        min_length=1, description="a regular expression, found in the prompt; case does not matter"
+    )
+    share: float = Field(
+        gt=0, le=1, description="of the draws, that go on until the prompt matches"
+    )
+
+    def faults(self) -> list[str]:
+        try:
+            re.compile(self.matching)
+        except re.error as error:
+            return [f"matching: {self.matching!r} is no regular expression ({error})"]
+        return []
+
+
 class TrainingSettings(Settings):
     """How a stage trains: the same for all that do."""
 
@@ -128,14 +147,22 @@ class TrainingSettings(Settings):
     prompts: str | None = Field(
         default=None, min_length=1, description="file, a prompt a line; default: the source's own"
     )
+    emphasis: EmphasisSettings | None = Field(
+        default=None, description="prompts to learn from more often; None: all alike"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31)
     save_every: int = Field(default=250, ge=1, description="steps between checkpoints")
     watch_every: int = Field(default=500, ge=1, description="steps between grids of pictures")
 
     def faults(self) -> list[str]:
+        found = []
         if self.warmup > self.iterations:
-            return [f"warmup: {self.warmup} steps are more than iterations ({self.iterations})"]
-        return []
+            found.append(
+                f"warmup: {self.warmup} steps are more than iterations ({self.iterations})"
+            )
+        if self.emphasis is not None:
+            found += [f"emphasis.{fault}" for fault in self.emphasis.faults()]
+        return found
 
 
 def _pair(value: Any) -> Any:

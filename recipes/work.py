@@ -35,8 +35,14 @@ RECORD = "record.json"
 TRAINING = "training"
 LEFT = (".png", ".csv", ".safetensors")
 """What a training leaves beside its result, in `TRAINING`: pictures, curves, a LoRA."""
-ADDED_LATER = {"distill": "lora_rank", "prune": "channels", "decoder": "detail_balance"}
-"""By stage: a setting that came after results had been kept. With its default it is no part of a
+ADDED_LATER = {
+    "distill": ("lora_rank", "emphasis"),
+    "prune": ("channels",),
+    "decoder": ("detail_balance", "emphasis"),
+    "resolution": ("emphasis",),
+    "finetune": ("emphasis",),
+}
+"""By stage: settings that came after results had been kept. With its default one is no part of a
 key, so that those results are still found."""
 
 
@@ -149,9 +155,9 @@ class Done:
         settings = _contents(stage.settings.model_dump(mode="json"))
         if "prompts" in settings and settings["prompts"] is None:
             settings["prompts"] = prompts.default_of(self.recipe)
-        later = ADDED_LATER.get(stage.name)
-        if later and settings[later] == type(stage.settings).model_fields[later].default:
-            del settings[later]
+        for later in ADDED_LATER.get(stage.name, ()):
+            if settings[later] == type(stage.settings).model_fields[later].default:
+                del settings[later]
         entry = [stage.name, settings]
         if stage.decoder:
             # Its latents are drawn by the recipe's schedule; a distillation names its own.

@@ -1,17 +1,22 @@
 """Prompt files: what is read of them, and what is refused."""
 
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mobile_runtime.errors import UserError
-from recipes import adapters, features, prompts
+from recipes import adapters, features, prompts, schema, stages
+from recipes.faults import RecipeError
 from recipes.paths import user_path
-from recipes.settings import Lora
+from recipes.settings import DistillSettings, Lora
 from recipes.sources import open_source
 from recipes.sources.tiny_autoencoder import open_tiny
+from tests.conftest import make_tiny_pipeline
 
 BOM = "\ufeff"
 
@@ -105,3 +110,75 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, file: Path)
     file.write_text("a tent\n")
     prompts.check("~/prompts.txt")
     assert user_path("~/prompts.txt") == file
+
+
+def training(named: Path | None = None, **emphasis: Any) -> tuple[DistillSettings, schema.Recipe]:
+    settings = {"method": "output", "steps": 1, "iterations": 1, "warmup": 0}
+    settings |= {"prompts": str(named)} if named else {}
+    settings |= {"emphasis": emphasis} if emphasis else {}
+    recipe = schema.parse(
+        {
+            "name": "x",
+            "source": {"model": "embedded"},
+            "resolution": 64,
+            "schedule": {"steps": 1, "guidance_scale": 0.0},
+            "stages": [{"distill": settings}],
+        }
+    )
+    found = recipe.stages[0].distill
+    assert found is not None
+    return found, recipe
+
+
+@given(st.floats(0.01, 1), st.integers(0, 9))
+def test_emphasized_prompts_take_their_share_and_the_others_stay_as_they_were(
+    tmp_path_factory: pytest.TempPathFactory, share: float, seed: int
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "sized.txt"
+    file.write_text("a small star\na large star\na small red star\na tent\na small tent\n")
+    settings, recipe = training(file, matching="SMALL .*star", share=share)
+    rngs = [np.random.default_rng(seed) for _ in range(3)]
+    usual = prompts.drawer(str(file), recipe)(rngs[0], 300)
+    drawn, again = (prompts.emphasized(settings, recipe)(rng, 300) for rng in rngs[1:])
+    assert drawn == again
+    pattern = re.compile("small .*star")
+    kept = [one for one, other in zip(drawn, usual, strict=True) if one == other]
+    changed = [one for one, other in zip(drawn, usual, strict=True) if one != other]
+    assert all(map(pattern.search, changed))
+    # Of those that matched already, none is drawn again.
+    natural = sum(bool(pattern.search(one)) for one in usual)
+    assert sum(bool(pattern.search(one)) for one in kept) == natural
+    expected = share * (300 - natural)
+    assert abs(len(changed) - expected) < 5 * (expected * (1 - share) + 1) ** 0.5
+
+
+def test_the_embedded_models_captions_are_emphasized_too() -> None:
+    settings, recipe = training(matching="(small|little|tiny) .*star", share=1.0)
+    prompts.check_training(settings, recipe)
+    drawn = prompts.emphasized(settings, recipe)(np.random.default_rng(0), 8)
+    assert all("star" in one for one in drawn)
+    plain, _ = training()
+    usual = prompts.emphasized(plain, recipe)(np.random.default_rng(0), 8)
+    assert usual == prompts.drawer(None, recipe)(np.random.default_rng(0), 8) != drawn
+
+
+def test_an_emphasis_that_no_prompt_matches_is_told_before_any_work(file: Path) -> None:
+    file.write_text("a tent\na stone\n")
+    _, recipe = training(file, matching="cloud", share=0.5)
+    with pytest.raises(UserError, match=r"emphasis\.matching: 'cloud' is found in none of 1000"):
+        stages.check(make_tiny_pipeline(), recipe)
+
+
+@pytest.mark.parametrize(
+    ("emphasis", "told"),
+    [
+        ({"matching": "(", "share": 0.5}, r"emphasis\.matching: '\(' is no regular expression"),
+        ({"matching": "a", "share": 0.0}, "greater than 0"),
+        ({"matching": "a", "share": 1.5}, "less than or equal to 1"),
+        ({"matching": "", "share": 0.5}, "matching"),
+        ({"share": 0.5}, "matching"),
+    ],
+)
+def test_an_emphasis_that_cannot_be_is_refused(emphasis: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        training(**emphasis)
