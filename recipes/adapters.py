@@ -232,7 +232,7 @@ def _metadata_alphas(file: Path, metadata: dict[str, str]) -> dict[str, float]:
     try:
         settings = json.loads(metadata.get(METADATA, "{}"))
         named = {key: value for key, value in settings.items() if value}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{file}: the header's {METADATA} is no JSON; save it again") from None
     unknown = [
         key
@@ -245,6 +245,9 @@ def _metadata_alphas(file: Path, metadata: dict[str, str]) -> dict[str, float]:
             "the fused folder as the source"
         )
     alphas = {name: named.get(f"{name}.lora_alpha") for name in COMPONENTS}
+    odd = [alpha for alpha in alphas.values() if type(alpha) not in (int, float, type(None))]
+    if odd:
+        raise UserError(f"{file}: the header's lora_alpha {odd[0]!r} is no number; save it again")
     return {name: float(alpha) for name, alpha in alphas.items() if alpha is not None}
 
 
@@ -265,6 +268,11 @@ def _add(scale: float, file: Path, lora: LayerLora, modules: dict[str, Any]) -> 
         weight: Tensor = layer.weight
         added = (scale * alpha / rank * (up @ down)).view(weight.shape)
         fused = weight.detach() + added.to(weight.dtype)
+        if not bool(fused.isfinite().all()):
+            raise UserError(
+                f"{file}: with it, weights of {lora.component}.{lora.path} are no longer finite; "
+                "lower its scale, or use another file"
+            )
         layer.weight = nn.Parameter(fused, requires_grad=weight.requires_grad)
     return rank
 

@@ -40,9 +40,10 @@ def check(pipeline: Any, settings: DecoderSettings, recipe: Recipe) -> None:
         )
     if settings.model is not None:
         _check_fit(open_tiny(settings.model, settings.revision, weights=False), pipeline, settings)
+    if settings.iterations or settings.held_out:
+        prompts.check_training(settings, recipe)
     if not settings.iterations:
         return
-    prompts.check_training(settings, recipe)
     names = [stage.name for stage in recipe.stages]
     if "decoder" in names and "distill" in names[names.index("decoder") :]:
         raise UserError(

@@ -40,6 +40,7 @@ from recipes.losses import (
     progressive,
 )
 from recipes.measure import latent_size, with_modules
+from recipes.schedulers import with_steps
 from recipes.schema import Recipe
 from recipes.settings import DistillSettings
 from recipes.trainer import Batch, Job, Loss, accelerator, beside, copied, train
@@ -61,6 +62,8 @@ def check(pipeline: Any, settings: DistillSettings, recipe: Recipe) -> None:
                 f"method output walks the teacher's own steps, and {own} adds noise or looks back "
                 "at them; use progressive or lcm"
             )
+    else:
+        with_steps(pipeline.scheduler, settings.draw_steps)
     total = noise.last + 1
     divisors = {
         "steps": settings.steps,

@@ -10,6 +10,7 @@ run once, are quantized as they are.
 
 import copy
 import fnmatch
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -162,12 +163,14 @@ class _Lesson:
     def snr_db(self, student: Any) -> float:
         """Of the student's output, all along the schedule, on pictures that are not trained on."""
         theirs, mine = [], []
-        places = self.trajectory.places
+        usual = prompts.drawer(self.settings.prompts, self.recipe)
+        trajectory = replace(self.trajectory, draw_prompts=usual)
+        places = trajectory.places
         for step in range(MEASURED):
             batch = Batch(self.settings.seed + 1, step, 0, 0, WATCHED, self.device, student)
-            call = self.trajectory.call(batch, places[step * len(places) // MEASURED])
+            call = trajectory.call(batch, places[step * len(places) // MEASURED])
             theirs.append(call.out)
-            mine.append(self.trajectory.answer(student, call))
+            mine.append(trajectory.answer(student, call))
         return round(snr_db(torch.cat(theirs), torch.cat(mine)), 2)
 
     def show(self, unet: Any) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Prompts to train on, to calibrate with and to judge by: a file, or what fits the source."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +8,14 @@ import numpy as np
 from mobile_runtime.errors import UserError
 from recipes.paths import user_path
 from recipes.schema import Recipe
-from recipes.settings import EmphasisSettings, TrainingSettings
+from recipes.settings import TrainingSettings
 
 MOST_BYTES = 50_000_000
 DEFAULT = Path(__file__).parent / "prompts.txt"
 PAIR_SHARE = 0.3
 """Of the embedded model's captions, those of two objects."""
 TRIED = 1000
-"""Prompts among which one that is emphasized has to be."""
+"""Captions among which one that is emphasized has to be."""
 
 Draw = Callable[[np.random.Generator, int], list[str]]
 
@@ -55,16 +54,18 @@ def check(named: str | None) -> None:
 
 
 def check_training(settings: TrainingSettings, recipe: Recipe) -> None:
-    """The same for a training, and refuse an emphasis on prompts that there are none of."""
+    """The same for a training, and refuse an emphasis that all prompts match, or none."""
     check(settings.prompts)
     emphasis = settings.emphasis
     if emphasis is None:
         return
-    drawn = drawer(settings.prompts, recipe)(np.random.default_rng(0), TRIED)
-    if not any(map(_pattern(emphasis).search, drawn)):
+    known = _listed(settings.prompts, recipe) or _captions(np.random.default_rng(0), TRIED)
+    found = sum(emphasis.pattern.search(one) is not None for one in known)
+    if found in (0, len(known)):
         raise UserError(
-            f"emphasis.matching: {emphasis.matching!r} is found in none of {TRIED} prompts; the "
-            f"first of them is {drawn[0]!r}"
+            f"emphasis.matching: {emphasis.matching!r} is found in "
+            + ("every one" if found else "none")
+            + f" of {len(known)} prompts; the first of them is {known[0]!r}"
         )
 
 
@@ -81,10 +82,10 @@ def drawer(named: str | None, recipe: Recipe) -> Draw:
     named: a prompt file. Without one, the embedded model is asked for its training captions (never
     the held-out combinations), and every other source for the prompts that the package ships.
     """
-    if named is None and recipe.source.model == "embedded":
+    listed = _listed(named, recipe)
+    if listed is None:
         return _captions
-    prompts = read(DEFAULT if named is None else user_path(named))
-    return lambda rng, n: [prompts[index] for index in rng.integers(len(prompts), size=n)]
+    return lambda rng, n: [listed[index] for index in rng.integers(len(listed), size=n)]
 
 
 def emphasized(settings: TrainingSettings, recipe: Recipe) -> Draw:
@@ -93,20 +94,28 @@ def emphasized(settings: TrainingSettings, recipe: Recipe) -> Draw:
     emphasis = settings.emphasis
     if emphasis is None:
         return draw
-    pattern, share = _pattern(emphasis), emphasis.share
+    pattern, share = emphasis.pattern, emphasis.share
+    listed = _listed(settings.prompts, recipe)
+    if listed is not None:
+        matching = [one for one in listed if pattern.search(one)]
 
     def more(rng: np.random.Generator, n: int) -> list[str]:
         said = draw(rng, n)
         for index in np.flatnonzero(rng.random(n) < share):
             while not pattern.search(said[index]):
-                (said[index],) = draw(rng, 1)
+                (said[index],) = (
+                    draw(rng, 1) if listed is None else [matching[rng.integers(len(matching))]]
+                )
         return said
 
     return more
 
 
-def _pattern(emphasis: EmphasisSettings) -> re.Pattern[str]:
-    return re.compile(emphasis.matching, re.IGNORECASE)
+def _listed(named: str | None, recipe: Recipe) -> list[str] | None:
+    """All prompts there are; None for the embedded model's captions, which are made up."""
+    if named is None and recipe.source.model == "embedded":
+        return None
+    return read(DEFAULT if named is None else user_path(named))
 
 
 def _captions(rng: np.random.Generator, n: int) -> list[str]:

@@ -250,7 +250,7 @@ def run(
     snr_db: dict[str, float] = {}
     in_4_bits: dict[str, float | None] = {}
     parameters = bytes_before = bytes_after = kept = 0
-    for plan in plans:
+    for plan in tqdm(plans, desc="quantize", unit="layer", delay=2, mininterval=2, leave=False):
         module: Any = layers.pop(plan.layer)
         bytes_before += module.weight.numel() * 4
         if plan.weights == "float32":

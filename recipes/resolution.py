@@ -24,6 +24,7 @@ from recipes.component_folder import attend_as_opened
 from recipes.decoder import picture_losses
 from recipes.losses import Noise, check_fit
 from recipes.measure import latent_size, vae_factor, with_modules
+from recipes.schedulers import with_steps
 from recipes.schema import Recipe
 from recipes.settings import ResolutionSettings
 from recipes.trainer import Batch, Job, accelerator, beside, train
@@ -32,6 +33,8 @@ from recipes.work import Outcome, Work
 LAST_SHARE = 0.1
 """Of the timesteps, those at the very last, where every sampling with trailing steps begins."""
 WATCHED = 8
+MOST_SQUEEZED = 1.1
+"""Sides are multiples of the VAE's factor, so that their ratio cannot always be kept."""
 HELD_OUT = 64
 """Pictures of another seed, to measure the VAE on."""
 
@@ -49,10 +52,17 @@ def check(pipeline: Any, settings: ResolutionSettings, recipe: Recipe) -> None:
     wanted = (recipe.height, recipe.width)
     if any(side % factor for side in settings.drawn_at):
         raise UserError(f"drawn_at: {settings.drawn_at} is no multiple of the VAE's {factor}")
+    with_steps(pipeline.scheduler, settings.draw_steps)
     if any(mine > theirs for mine, theirs in zip(wanted, settings.drawn_at, strict=True)):
         raise UserError(
             f"drawn_at: pictures of {_said(settings.drawn_at)} have no detail to learn "
             f"{_said(wanted)} from; adapt to a smaller resolution"
+        )
+    ratio = (wanted[0] * settings.drawn_at[1]) / (wanted[1] * settings.drawn_at[0])
+    if not 1 / MOST_SQUEEZED <= ratio <= MOST_SQUEEZED:
+        raise UserError(
+            f"drawn_at: pictures of {_said(settings.drawn_at)} would be squeezed to "
+            f"{_said(wanted)}; give sides of about the same ratio"
         )
     if wanted == settings.drawn_at:
         raise UserError(
@@ -107,17 +117,23 @@ class _Lesson:
         self.vae = copy.deepcopy(pipeline.vae)
         self.teacher = with_modules(pipeline, {"unet": work.teacher})
         self.size = (work.recipe.height, work.recipe.width)
-        self.said, self.wanted = self.pictures("drawn", settings.pictures, settings.seed)
-        _, self.held_out = self.pictures("held_out", HELD_OUT, settings.seed + 1)
+        emphasized = prompts.emphasized(settings, work.recipe)
+        usual = prompts.drawer(settings.prompts, work.recipe)
+        self.said, self.wanted = self.pictures(
+            "drawn", emphasized, settings.pictures, settings.seed
+        )
+        _, self.held_out = self.pictures("held_out", usual, HELD_OUT, settings.seed + 1)
         self.latents = self.encode(self.wanted)
 
-    def pictures(self, name: str, count: int, seed: int) -> tuple[list[str], Tensor]:
+    def pictures(
+        self, name: str, draw_prompts: prompts.Draw, count: int, seed: int
+    ) -> tuple[list[str], Tensor]:
         """Prompts, and pictures (N, H, W, 3) uint8 at the recipe's resolution."""
         settings = self.settings
         with accelerator().main_process_first():
             said, latents = drawn.draw(
                 self.teacher,
-                prompts.emphasized(settings, self.work.recipe),
+                draw_prompts,
                 count,
                 latent_size(self.pipeline, *settings.drawn_at),
                 steps=settings.draw_steps,

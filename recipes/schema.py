@@ -437,7 +437,7 @@ def _override(data: dict[str, Any], dotted: str, value: Any) -> str | None:
         place: Any = part
         if isinstance(here, list):
             keyed = [i for i, item in enumerate(here) if isinstance(item, dict) and part in item]
-            if part.isdigit() and int(part) < len(here):
+            if part in map(str, range(len(here))):
                 place = int(part)
             elif len(keyed) == 1 and not last:
                 here, place = here[keyed[0]], part

@@ -1,6 +1,7 @@
 """The settings of each stage, strict. What a stage does with them is in the module of its name."""
 
 import re
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -125,11 +126,19 @@ class EmphasisSettings(Settings):
         gt=0, le=1, description="of the draws, that go on until the prompt matches"
     )
 
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """What to search prompts for."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what another Python may read otherwise
+            return re.compile(self.matching, re.IGNORECASE)
+
     def faults(self) -> list[str]:
         try:
-            re.compile(self.matching)
-        except re.error as error:
-            return [f"matching: {self.matching!r} is no regular expression ({error})"]
+            assert self.pattern
+        except (re.error, OverflowError, RecursionError) as error:
+            told = self.matching if len(self.matching) < 80 else f"{self.matching[:80]}..."
+            return [f"matching: {told!r} is no regular expression ({error})"]
         return []
 
 
@@ -292,6 +301,8 @@ class DecoderSettings(TrainingSettings):
         found = super().faults()
         if self.model is None and not self.iterations:
             found.append("iterations: one that begins anew has to be trained; or name a model")
+        if self.emphasis is not None and not self.iterations:
+            found.append("emphasis: nothing is trained without iterations; remove it")
         if self.model is None and self.revision is not None:
             found.append("revision: goes with a model, and none is named; remove it")
         for key in ("channels", "blocks"):

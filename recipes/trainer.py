@@ -108,7 +108,7 @@ def train(job: Job) -> Any:
 
     Returns the average of the weights as a module of its own (or the last weights, where the
     settings ask for no average), in eval mode on the CPU. Raises UserError for a checkpoint of
-    another training and for a loss that is not finite.
+    another training, and for a loss or a gradient that is not finite.
     """
     settings, where = job.settings, accelerator()
     module = job.module.train().to(where.device)
@@ -162,7 +162,13 @@ def train(job: Job) -> Any:
                 "bfloat16 or float32"
             )
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, MAX_NORM))
+        # Of float16 the scaler leaves such a step out, and scales the next one less.
+        if not np.isfinite(norm) and not scaler.is_enabled():
+            raise UserError(
+                f"{job.name}: the gradient is {norm} at step {step}; lower learning_rate, or train "
+                "in float32"
+            )
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -112,9 +112,12 @@ class Work:
         """Keep the result of a training, with the pictures, curves and LoRA that it left.
 
         earlier: the records of the stages before it. What only served to resume it is deleted.
+        Raises UserError for weights that are not finite.
         """
         if self.kept is None or not _is_main_process():
             return outcome
+        for name in self.trained:
+            _check_finite(name, getattr(outcome.pipeline, name))
         fresh = self.folder / "result"
         shutil.rmtree(fresh, ignore_errors=True)
         for name in self.trained:
@@ -220,6 +223,16 @@ class Done:
         with _alone(folder):
             yield work
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_finite(name: str, part: Any) -> None:
+    """Refuse to keep what a training broke."""
+    for key, weight in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise UserError(
+                f"the training left NaN or Inf in {name}.{key}; lower learning_rate, or train in "
+                "float32"
+            )
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -219,6 +219,32 @@ def test_alpha_may_stand_in_the_header_that_diffusers_writes(
         torch.testing.assert_close(layer_of(result, name).weight, expected)
 
 
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ('{"unet.lora_alpha": [4]}', r"lora_alpha \[4\] is no number"),
+        ('{"unet.lora_alpha": "four"}', "lora_alpha 'four' is no number"),
+        ('{"unet.lora_alpha": true}', "lora_alpha True is no number"),
+        ("[" * 100_000, "is no JSON"),
+        ("[]", "is no JSON"),
+    ],
+)
+def test_a_header_that_cannot_be_is_told(
+    header: str, told: str, tiny_pipeline: Any, tmp_path: Path
+) -> None:
+    tensors = as_peft(matrices(tiny_pipeline), 1.0)
+    file = written(tensors, tmp_path / "lora.safetensors", {adapters.METADATA: header})
+    with pytest.raises(UserError, match=told):
+        fused(tiny_pipeline, {"model": file})
+
+
+def test_a_lora_that_is_too_large_is_told(tiny_pipeline: Any, tmp_path: Path) -> None:
+    made = {name: (down * 1e25, up * 1e25) for name, (down, up) in matrices(tiny_pipeline).items()}
+    file = written(as_peft(made, 1.0), tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="are no longer finite; lower its scale"):
+        fused(tiny_pipeline, {"model": file})
+
+
 def test_a_linear_layer_may_be_written_as_a_kernel_and_in_float16(
     tiny_pipeline: Any, tmp_path: Path
 ) -> None:

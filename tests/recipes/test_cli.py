@@ -81,6 +81,8 @@ def test_check_tells_all_faults_and_exits_with_2(
         ("check", "pocket_int8", "--set", "novalue"),
         ("check", "pocket_int8", "--set", "a=[1"),
         ("check", "pocket_int8", "--set", ".=1"),
+        ("check", "pocket_int8", "--set", "stages.\u00b2.quantize.weights=int8"),
+        ("check", "pocket_int8", "--set", f"stages.{'9' * 5000}.quantize.weights=int8"),
         ("check", "pocket_int8", "--steps", "3", "--set", "schedule.steps=4"),
         ("check", "pocket_int8", "--resolution", "64px"),
     ],

@@ -450,3 +450,12 @@ class TestRefusals:
         pipeline.vae = make_tiny()
         asked = recipe(iterations=1, feature_weight=0.5)
         assert "feature_weight" in refused(pipeline, asked)
+
+
+def test_a_missing_prompt_file_is_told_where_only_the_measurement_needs_it(tmp_path: Path) -> None:
+    make_tiny().save_pretrained(tmp_path / "tiny")
+    opened = {"model": str(tmp_path / "tiny"), "iterations": 0}
+    asked = recipe(tmp_path / "nothing.txt", **opened)
+    with pytest.raises(UserError, match="there is no prompt file"):
+        stages.check(make_small_pipeline(), asked)
+    stages.check(make_small_pipeline(), recipe(tmp_path / "nothing.txt", **opened, held_out=0))

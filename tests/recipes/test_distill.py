@@ -130,6 +130,14 @@ def test_a_missing_prompt_file_is_told(tmp_path: Path) -> None:
         stages.check(make_tiny_pipeline(), asked)
 
 
+def test_steps_that_the_teacher_cannot_draw_in_are_told_before_any_training(prompts: Path) -> None:
+    """A consistency student is trained for a few steps of fifty."""
+    first = student(prompts, method="lcm", steps=4)
+    asked = listed(prompts, first, student(prompts, method="progressive", draw_steps=60))
+    with pytest.raises(UserError, match=r"stages\.1\.distill: LCMScheduler cannot make 60 steps"):
+        stages.check(make_tiny_pipeline(), asked)
+
+
 def test_a_solver_that_does_not_divide_the_schedule_is_told(prompts: Path) -> None:
     with pytest.raises(UserError, match="33 does not divide the schedule's 1000 timesteps"):
         stages.check(make_tiny_pipeline(), recipe(prompts, method="lcm", teacher_steps=33))

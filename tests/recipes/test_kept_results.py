@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mobile_runtime.errors import UserError, run_cli
-from recipes import distill, evaluation, schema, stages, work
+from recipes import distill, evaluation, schema, stages, trainer, work
 from recipes.pocket.evaluate import held_out_scenes, score
 from tests.conftest import make_tiny_pipeline
 from tests.recipes.students import SMALL, listed, recipe, student
@@ -181,6 +181,20 @@ def test_a_lora_of_a_stage_that_is_not_needed_may_be_gone(
     ]
     shutil.rmtree(gone)
     assert len(run("second")) == 1
+
+
+def test_a_training_that_broke_the_weights_is_not_kept(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(job: trainer.Job) -> Any:
+        job.module.conv_in.bias.data[0] = torch.inf
+        return job.module
+
+    monkeypatch.setattr(distill, "train", train)
+    asked = recipe(prompts, method="output", iterations=1)
+    with pytest.raises(UserError, match=r"the training left NaN or Inf in unet\.conv_in\.bias"):
+        stages.apply(make_tiny_pipeline(), asked, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/record.json"))
 
 
 def test_a_kept_result_that_is_damaged_is_told_with_its_folder(

@@ -10,13 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobile_runtime.errors import UserError
-from recipes import adapters, features, prompts, schema, stages
-from recipes.faults import RecipeError
+from recipes import adapters, features, prompts, schema
 from recipes.paths import user_path
 from recipes.settings import DistillSettings, Lora
 from recipes.sources import open_source
 from recipes.sources.tiny_autoencoder import open_tiny
-from tests.conftest import make_tiny_pipeline
 
 BOM = "\ufeff"
 
@@ -105,6 +103,18 @@ def test_a_home_folder_that_there_is_not_is_told_wherever_a_path_is_named() -> N
         adapters.find(Lora(model=NOWHERE))
 
 
+def test_a_name_that_no_file_can_have_is_told() -> None:
+    name = "x" * 5000
+    for ask in (
+        lambda: user_path(name),
+        lambda: open_source(name),
+        lambda: open_tiny(name),
+        lambda: adapters.find(Lora(model=name)),
+    ):
+        with pytest.raises(UserError, match=r"xxx\.\.\. cannot be looked at"):
+            ask()
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     monkeypatch.setenv("HOME", str(file.parent))
     file.write_text("a tent\n")
@@ -160,25 +170,3 @@ def test_the_embedded_models_captions_are_emphasized_too() -> None:
     plain, _ = training()
     usual = prompts.emphasized(plain, recipe)(np.random.default_rng(0), 8)
     assert usual == prompts.drawer(None, recipe)(np.random.default_rng(0), 8) != drawn
-
-
-def test_an_emphasis_that_no_prompt_matches_is_told_before_any_work(file: Path) -> None:
-    file.write_text("a tent\na stone\n")
-    _, recipe = training(file, matching="cloud", share=0.5)
-    with pytest.raises(UserError, match=r"emphasis\.matching: 'cloud' is found in none of 1000"):
-        stages.check(make_tiny_pipeline(), recipe)
-
-
-@pytest.mark.parametrize(
-    ("emphasis", "told"),
-    [
-        ({"matching": "(", "share": 0.5}, r"emphasis\.matching: '\(' is no regular expression"),
-        ({"matching": "a", "share": 0.0}, "greater than 0"),
-        ({"matching": "a", "share": 1.5}, "less than or equal to 1"),
-        ({"matching": "", "share": 0.5}, "matching"),
-        ({"share": 0.5}, "matching"),
-    ],
-)
-def test_an_emphasis_that_cannot_be_is_refused(emphasis: dict[str, Any], told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
-        training(**emphasis)

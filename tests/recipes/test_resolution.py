@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler, LCMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -62,6 +62,17 @@ def refused(pipeline: Any, asked: Recipe) -> str:
     with pytest.raises(UserError) as caught:
         stages.check(pipeline, asked)
     return str(caught.value)
+
+
+def test_pictures_are_not_squeezed(prompts: Path) -> None:
+    told = refused(make_small_pipeline(), recipe(prompts, drawn_at=[16, 32]))
+    assert "pictures of 16x32 pixels would be squeezed to 16x16 pixels" in told
+
+
+def test_steps_that_the_scheduler_cannot_draw_in_are_told_before_any_work(prompts: Path) -> None:
+    pipeline = make_small_pipeline()
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    assert "LCMScheduler cannot make 60 steps" in refused(pipeline, recipe(prompts, draw_steps=60))
 
 
 def test_the_unet_and_the_decoder_are_trained_kept_and_found_again(

@@ -76,6 +76,20 @@ def test_a_loss_that_is_not_finite_stops_the_training(
     assert at or not list(tmp_path.glob("*.ckpt"))
 
 
+def test_a_gradient_that_is_not_finite_stops_the_training(prompts: Path, tmp_path: Path) -> None:
+    """Its loss is finite: at zero the square root has an infinite slope."""
+    settings = recipe(prompts, method="output", iterations=2).stages[0].distill
+    assert settings is not None
+
+    def loss(module: nn.Module, batch: trainer.Batch) -> torch.Tensor:
+        off = 0.0 if batch.step == 1 else 1.0
+        return (module(torch.zeros(1, 2)) * 0 + off).sqrt().sum()
+
+    job = trainer.Job("job", nn.Linear(2, 2), loss, settings, tmp_path, "k")
+    with pytest.raises(UserError, match="job: the gradient is nan at step 1; lower learning_rate"):
+        trainer.train(job)
+
+
 def test_it_leaves_pictures_and_a_loss_curve_to_look_at(prompts: Path, tmp_path: Path) -> None:
     asked = recipe(prompts, method="output", iterations=2)
     stages.apply(make_tiny_pipeline(), asked, cache=tmp_path / "cache")

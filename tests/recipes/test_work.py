@@ -130,6 +130,7 @@ EMPHASIS = {"emphasis": {"matching": "star", "share": 0.5}}
         ("decoder", {"iterations": 1}, {"detail_balance": 1.0}),
         ("decoder", {"iterations": 1}, EMPHASIS),
         ("resolution", {"drawn_at": 72, "iterations": 1}, EMPHASIS),
+        ("finetune", {"iterations": 1}, EMPHASIS),
     ],
 )
 def test_a_setting_that_came_later_changes_no_key_by_default(
@@ -137,11 +138,13 @@ def test_a_setting_that_came_later_changes_no_key_by_default(
 ) -> None:
     """Else the results that people have kept would be trained anew."""
 
+    after = [{"quantize": {"activations": "int8_static"}}] if stage == "finetune" else []
+
     def told(**more: Any) -> Any:
         data = {"name": "x", "source": {"model": "embedded"}, "resolution": 64}
         data |= {
             "schedule": {"steps": 1, "guidance_scale": 0.0},
-            "stages": [{stage: {"warmup": 0, **settings, **more}}],
+            "stages": [{stage: {"warmup": 0, **settings, **more}}, *after],
         }
         done = work.Done(schema.parse(data), tmp_path, [])
         key, _ = done.add(done.recipe.stages[0])
