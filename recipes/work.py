@@ -96,7 +96,7 @@ class Work:
                         f"{folder} is damaged, or the result of other inputs than its name says; "
                         "delete it"
                     )
-                there = _hashes(folder, self.trained)
+                there = hashes(folder, self.trained)
                 if kept.get("sha256", there) != there:
                     raise UserError(f"{folder} has changed since it was made; delete it")
                 modules = {name: component_folder.load(folder / name) for name in self.trained}
@@ -130,7 +130,7 @@ class Work:
             "key": self.key,
             "record": outcome.record,
             "earlier": list(earlier),
-            "sha256": _hashes(fresh, self.trained),
+            "sha256": hashes(fresh, self.trained),
         }
         (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         # Without its record, what lies there is no result.
@@ -243,7 +243,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) and isinstance(record.get("record"), dict) else {}
 
 
-def _hashes(folder: Path, components: Sequence[str]) -> dict[str, str]:
+def hashes(folder: Path, components: Sequence[str]) -> dict[str, str]:
     """Of each file of the components, by its path."""
     files = [file for name in components for file in (folder / name).rglob("*") if file.is_file()]
     return {file.relative_to(folder).as_posix(): sha256(file) for file in sorted(files)}

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     import_torch("train", "training")
 
 import argparse
-import shutil
+import json
 
 from mobile_runtime.errors import UserError, run_cli
 from recipes import component_folder, overrides, schema, stages, work
@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
             component = component_folder.load(part)
             half = component.half() if hasattr(component, "half") else component
             component_folder.save(half, shipped / part.name)
-        shutil.copy2(kept / work.RECORD, shipped / work.RECORD)
+        record = json.loads((kept / work.RECORD).read_text())
+        record["sha256"] = work.hashes(shipped, [part.name for part in shipped.iterdir()])
+        (shipped / work.RECORD).write_text(json.dumps(record, indent=1) + "\n")
         print(f"{shipped}: {sum(file.stat().st_size for file in shipped.rglob('*')) / 1e6:.1f} MB")
     return 0
 
