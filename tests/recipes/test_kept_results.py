@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from mobile_runtime.errors import UserError, run_cli
 from recipes import distill, evaluation, schema, stages, trainer, work
+from recipes.pocket import ship
 from recipes.pocket.evaluate import held_out_scenes, score
 from tests.conftest import make_tiny_pipeline
 from tests.recipes.students import SMALL, listed, recipe, student
@@ -257,3 +259,26 @@ def test_the_shipped_few_step_model_draws_what_captions_say(tmp_path: Path) -> N
     _, pictures = evaluation.draw(applied.pipeline, asked.schedule, words, (64, 64), 0, "test")
     result = score(pictures, scenes)
     assert result["by"]["together"]["right"] >= 13, result["failed"]
+
+
+def test_what_is_shipped_is_found_again_and_held_to_its_hashes(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are halved, and are not those that the training left."""
+    monkeypatch.setenv("POCKET_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(work, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(
+        ship, "open_source", lambda name: SimpleNamespace(pipeline=make_tiny_pipeline())
+    )
+    asked = recipe(prompts, method="output", iterations=1)
+    (tmp_path / "mine.yaml").write_text(asked.to_yaml())
+    assert ship.main([str(tmp_path / "mine.yaml")]) == 0
+    shutil.rmtree(tmp_path / "cache")
+    (record,) = stages.apply(make_tiny_pipeline(), asked).records
+    assert record["trained"] == "earlier, found in the package"
+    (kept,) = (tmp_path / "shipped").iterdir()
+    (weights,) = kept.glob("unet/*.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="has changed since it was made"):
+        stages.apply(make_tiny_pipeline(), asked)
