@@ -35,7 +35,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-## bench: the figures of BENCHMARKS.md (the real sizes need 17 GB of memory; six hours in all, of which the small recipes train three)
+## bench: the figures of BENCHMARKS.md (the real sizes need 17 GB of memory; seven hours in all, of which the small recipes train three)
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.pocket
 	$(BIN)/python -m tests.benchmarks.small

@@ -346,7 +346,7 @@ ROWS: dict[str, Row] = {
     "fold": Row(fold, 1),
     "decoder": Row(decoder, 2),
     "w8a8": Row(w8a8, 3),
-    "w8a8-keep": Row(w8a8_keep, 26),
+    "w8a8-keep": Row(w8a8_keep, 48),
     "convert": Row(convert, 6),
     "output": Row(output, 6, 256),
     "output-tiny": Row(output_tiny, 7, 384),
