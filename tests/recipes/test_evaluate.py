@@ -251,7 +251,7 @@ def test_before_a_resolution_stage_pictures_have_the_size_it_starts_from(
     source: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first row at each size is the reference of the others."""
-    adapt = {"drawn_at": 64, "iterations": 1, "pictures": 2, "draw_steps": 1, "batch": 2}
+    adapt = {"drawn_at": [64, 96], "iterations": 1, "pictures": 2, "draw_steps": 1, "batch": 2}
     adapt |= {"warmup": 0, "precision": "float32", "guidance": 2.0}
     listed = ({"prune": {"blocks": ["mid_block"]}}, {"resolution": adapt}, {"quantize": {}})
     recipe, out = recipe_file(tmp_path, source, *listed), tmp_path / "out.json"
@@ -263,8 +263,8 @@ def test_before_a_resolution_stage_pictures_have_the_size_it_starts_from(
     rows = json.loads(out.read_text())["rows"]
     sizes = [(row["stage"], *row["size"]) for row in rows]
     assert sizes == [
-        ("source", 64, 64),
-        ("prune", 64, 64),
+        ("source", 64, 96),
+        ("prune", 64, 96),
         ("resolution", 32, 48),
         ("quantize", 32, 48),
     ]
@@ -273,7 +273,7 @@ def test_before_a_resolution_stage_pictures_have_the_size_it_starts_from(
     found = [row["figures"]["latent_snr_db"] for row in rows]
     assert [bool(figure.get("not_run")) for figure in found] == [True, False, True, False]
     assert found[3]["value"] > found[1]["value"]
-    macs = measure(make_tiny_pipeline(), 64, 64, True)
+    macs = measure(make_tiny_pipeline(), 64, 96, True)
     assert rows[0]["macs_per_picture"] == (
         2 * macs["text_encoder"]["macs"] + 2 * macs["unet"]["macs"] + macs["vae_decoder"]["macs"]
     )
