@@ -135,7 +135,7 @@ class EmphasisSettings(Settings):
 
     def faults(self) -> list[str]:
         try:
-            assert self.pattern
+            self.pattern.search("")
         except (re.error, OverflowError, RecursionError) as error:
             told = self.matching if len(self.matching) < 80 else f"{self.matching[:80]}..."
             return [f"matching: {told!r} is no regular expression ({error})"]
